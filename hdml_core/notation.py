@@ -1,0 +1,100 @@
+"""The legend: every symbol, axis letter and record of the project.
+
+Reference: Zheng, Chen, Lu, Zhou, "Hardness-Aware Deep Metric Learning", CVPR 2019; equation numbers are that paper's.
+
+Symbols
+    x        image
+    y        feature, y = f(x); f is the extractor
+    z        embedding, z = g(y); g is the embedder
+    z_hat    embedding of a negative after it was pulled towards its anchor
+    y_prime  reconstruction of an unaltered sample, i(z); i is the generator
+    y_tilde  synthetic feature, i(z_hat)
+    z_tilde  synthetic embedding, g(y_tilde)
+    d_plus   Euclidean distance of anchor and positive, d(z, z+)
+    d_minus  Euclidean distance of anchor and negative, d(z, z-)
+    kept     share of the gap d_minus - d_plus that pulling keeps, exp(-alpha / J_avg); the paper's lambda, Eq. (7)
+    lambda_0 factor of the interpolation, z + lambda_0 (z- - z)
+    w_real   weight of the real tuples in J_metric, exp(-beta / J_gen), Eq. (11)
+    j_m      metric loss of the real tuples, Eq. (12) and (13)
+    j_syn    the same loss of the synthetic tuples
+    j_metric w_real j_m + (1 - w_real) j_syn, Eq. (11); moves f and g
+    j_recon  squared error of the reconstructions
+    j_soft   cross-entropy of the head on synthetic features
+    j_gen    recon_weight j_recon + lambda_soft j_soft, Eq. (9); moves i
+    j_class  cross-entropy of the head on real features; moves the head
+    j_avg    running average of the metric loss; j_gen has one too, J_gen in Eq. (11)
+
+Axis letters
+    b  rows of a batch       n  tuples of a batch      f  feature size       d  embedding size
+    c  channels              h, w  height and width    m  rows of a set      k  classes
+    *b is any number of leading axes: a tuple's roles broadcast against each other.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Roles(NamedTuple):
+    """The three parts that a row can play in a tuple; shapes broadcast against each other and are never tiled."""
+
+    anchor: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+class Losses(NamedTuple):
+    """Every J of one step, each a scalar on its device. A run without synthesis has j_syn ... j_gen at zero."""
+
+    j_m: Tensor
+    j_syn: Tensor
+    j_metric: Tensor
+    j_recon: Tensor
+    j_soft: Tensor
+    j_gen: Tensor
+    j_class: Tensor
+
+
+class Hardness(NamedTuple):
+    """How hard one step's synthetic negatives were made, each a scalar on its device."""
+
+    j_avg: Tensor
+    kept: Tensor
+    w_real: Tensor
+    lambda_0_mean: Tensor
+    pulled_share: Tensor
+
+
+class Averages(NamedTuple):
+    """The running averages that steer the hardness, and the open window they will next be replaced from."""
+
+    j_avg: Tensor
+    j_gen: Tensor
+    sum_j_avg: Tensor
+    sum_j_gen: Tensor
+    steps: int
+
+
+class RetrievalReport(NamedTuple):
+    """Retrieval quality of one set of embeddings; all but the spreads lie in [0, 1]."""
+
+    recall_at: Mapping[int, float]
+    map_at_r: float
+    r_precision: float
+    nmi: float
+    nmi_std: float
+    f1: float
+    f1_std: float
+
+
+class EpochReport(NamedTuple):
+    """What one epoch of training says of itself: means over its steps, the trace of each step, and validation."""
+
+    epoch: int
+    step: int
+    losses: Mapping[str, float]
+    hardness: Mapping[str, float]
+    trace: Mapping[str, tuple[float, ...]]
+    validation: RetrievalReport
+    seconds: float
