@@ -359,7 +359,11 @@ _PAPER_PHOTOGRAPHS: Settings = {
     "optim.lr_generator": 1e-3,
     "optim.lr_head": 1e-3,
 }
-_AUTHORS_PHOTOGRAPHS: Settings = {"optim.lr_generator": 1e-2, "optim.lr_head": 1e-3, "optim.halve_at": (5632, 6848)}
+_AUTHORS_PHOTOGRAPHS: Settings = {
+    "optim.lr_generator": 1e-2,
+    "optim.lr_head": 1e-3,
+    "optim.halve_at": (5632, 6848),
+}
 
 # What a recipe states for a data set: the table of section 4 of the authors' flags [c], the paper's text [s][m].
 RECIPE_DATA_SETTINGS: Mapping[tuple[str, str], Settings] = {

@@ -22,7 +22,8 @@ Symbols
     j_soft   cross-entropy of the head on synthetic features
     j_gen    recon_weight j_recon + lambda_soft j_soft, Eq. (9); moves i
     j_class  cross-entropy of the head on real features; moves the head
-    j_avg    running average of the metric loss; j_gen has one too, J_gen in Eq. (11)
+    j_avg    running average of the metric loss, Eq. (7)
+    j_gen_avg  running average of j_gen, the J_gen of Eq. (11)
 
 Axis letters
     b  rows of a batch       n  tuples of a batch      f  feature size       d  embedding size
@@ -31,9 +32,13 @@ Axis letters
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+Layout = Literal["pairs", "triplets"]
+"""How the rows of a batch are laid out by role: n rows of n classes and n partners in the same order, or n anchors,
+n positives of the same classes and n negatives of n other classes."""
 
 
 class Roles(NamedTuple):
@@ -60,6 +65,7 @@ class Hardness(NamedTuple):
     """How hard one step's synthetic negatives were made, each a scalar on its device."""
 
     j_avg: Tensor
+    j_gen_avg: Tensor
     kept: Tensor
     w_real: Tensor
     lambda_0_mean: Tensor
@@ -70,7 +76,7 @@ class Averages(NamedTuple):
     """The running averages that steer the hardness, and the open window they will next be replaced from."""
 
     j_avg: Tensor
-    j_gen: Tensor
+    j_gen_avg: Tensor
     sum_j_avg: Tensor
     sum_j_gen: Tensor
     steps: int

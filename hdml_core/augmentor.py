@@ -1,0 +1,52 @@
+"""The hardness schedule, and the augmentor that pulls each negative towards its anchor as far as it allows.
+
+Section 3.1, Eq. (7):
+
+    lambda_0 = kept + (1 - kept) d_plus / d_minus    where d_minus > d_plus, else 1
+    z_hat    = z + lambda_0 (z- - z)
+
+So a pulled negative lies at distance d_plus + kept (d_minus - d_plus) from its anchor: unmoved at kept = 1, as near
+as the positive at kept = 0. The reference distance d_plus is d(z, z+) of the same tuple, as in the authors' code.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hdml_core.notation import Roles
+
+
+def gap_kept(j_avg: Float[Tensor, ""], alpha: float) -> Float[Tensor, ""]:
+    """Return the share of the gap that pulling keeps, exp(-alpha / J_avg), Eq. (7); 1 while J_avg is infinite.
+
+    >>> gap_kept(torch.tensor(40.0), 7.0)  # the authors' triplet sum at the start
+    tensor(0.8395)
+    """
+    return _schedule(j_avg, alpha)
+
+
+def real_weight(j_gen: Float[Tensor, ""], beta: float) -> Float[Tensor, ""]:
+    """Return the weight of the real tuples, exp(-beta / J_gen), Eq. (11); 1 while J_gen is infinite."""
+    return _schedule(j_gen, beta)
+
+
+def _schedule(average: Float[Tensor, ""], scale: float) -> Float[Tensor, ""]:
+    # A scale of 0 means "never", also where the average has come down to 0 and the quotient would be NaN.
+    return torch.exp(-scale / average) if scale > 0 else torch.ones_like(average)
+
+
+def pull_factors(roles: Roles, kept: Float[Tensor, ""]) -> Float[Tensor, "*b 1"]:
+    """Return lambda_0 in [kept, 1] for every tuple.
+
+    The gradient flows through both distances, as in the authors' code. At d_plus = 0 it is the subgradient 0.
+    """
+    d_plus = torch.linalg.vector_norm(roles.positive - roles.anchor, dim=-1, keepdim=True)
+    d_minus = torch.linalg.vector_norm(roles.negative - roles.anchor, dim=-1, keepdim=True)
+    farther = d_minus > d_plus
+    ratio = d_plus / torch.where(farther, d_minus, 1.0)
+    return torch.where(farther, kept + (1 - kept) * ratio, 1.0)
+
+
+def harden(roles: Roles, lambda_0: Float[Tensor, "*b 1"]) -> Float[Tensor, "*b d"]:
+    """Return z_hat, the negatives after pulling."""
+    return roles.anchor + lambda_0 * (roles.negative - roles.anchor)

@@ -1,0 +1,55 @@
+"""Crop, flip and normalise a whole batch of images on its device, in one gather."""
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+# Mean and standard deviation by number of channels, of values in [0, 1]; for three they are ImageNet's, which is what
+# torchvision's weights were trained with.
+NORMALISATION = {
+    1: ((0.5,), (0.5,)),
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def augment(
+    images: UInt8[Tensor, "b c h w"], crop_size: int, flip: bool, random: torch.Generator
+) -> Float[Tensor, "b c {crop_size} {crop_size}"]:
+    """Return random crops, half of them mirrored if `flip`, normalised.
+
+    `random` is a CPU generator on every device, so that a run's crops do not depend on its hardware.
+    """
+    b, _, h, w = images.shape
+    tops = torch.randint(h - crop_size + 1, (b,), generator=random)
+    lefts = torch.randint(w - crop_size + 1, (b,), generator=random)
+    mirrored = torch.rand(b, generator=random) < 0.5 * flip
+    return normalise(_crop(images, tops, lefts, mirrored, crop_size))
+
+
+def centre(images: UInt8[Tensor, "b c h w"], crop_size: int) -> Float[Tensor, "b c {crop_size} {crop_size}"]:
+    """Return the centre crops, normalised."""
+    top, left = ((side - crop_size) // 2 for side in images.shape[-2:])
+    return normalise(images[..., top : top + crop_size, left : left + crop_size])
+
+
+def normalise(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Return (images / 255 - mean) / std, per channel."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in NORMALISATION[images.shape[1]])
+    return (images / 255 - mean) / std
+
+
+def _crop(
+    images: UInt8[Tensor, "b c h w"],
+    tops: Int[Tensor, " b"],
+    lefts: Int[Tensor, " b"],
+    mirrored: Bool[Tensor, " b"],
+    size: int,
+) -> UInt8[Tensor, "b c {size} {size}"]:
+    b, c, _, _ = images.shape
+    along = torch.arange(size)
+    down = tops[:, None] + along
+    across = lefts[:, None] + torch.where(mirrored[:, None], size - 1 - along, along)
+    down, across = down.to(images.device), across.to(images.device)
+    sample = torch.arange(b, device=images.device)[:, None, None, None]
+    channel = torch.arange(c, device=images.device)[:, None, None]
+    return images[sample, channel, down[:, None, :, None], across[:, None, None, :]]
