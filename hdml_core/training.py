@@ -141,7 +141,7 @@ def _train_epoch(run: Run, train: LabelledSet) -> dict[str, np.ndarray]:
         x = _inputs(run, train, positions, random)
         labels = torch.from_numpy(train.labels[positions]).to(run.device)
         trace.append(_step(run, x, labels))
-    if hdml.average_window == 0:
+    if hdml.enabled and hdml.average_window == 0:
         run.averages = _close_window(run.averages)
     # The one wait for the device in an epoch.
     table = torch.stack(trace).double().cpu().numpy()

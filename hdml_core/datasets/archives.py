@@ -1,0 +1,127 @@
+"""Archives in the data root: found under their official names, downloaded where they still can be, read in order."""
+
+import hashlib
+import http.client
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.request import urlopen
+
+from tqdm import tqdm
+
+from hdml_core.datasets.base import DataError
+from hdml_core.datasets.locks import locked
+
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An official archive. One without an address is not to be had by program: `note` says from whom."""
+
+    file: str
+    address: str = ""
+    md5: str = ""
+    note: str = ""
+
+    @property
+    def folder(self) -> str:
+        return self.file.partition(".")[0]
+
+
+def find(root: Path, archive: Archive) -> Path | None:
+    """Return the archive in the data root, or the folder that it unpacks to, or None."""
+    if (root / archive.file).is_file():
+        return root / archive.file
+    return root / archive.folder if (root / archive.folder).is_dir() else None
+
+
+def fetch(root: Path, archive: Archive) -> Path:
+    """Return what `find` does, after a download if need be.
+
+    An archive that the user put there is taken as it is, whatever its checksum (it may hold crops); what the manifest
+    of its data set states must still hold. Raises DataError where there is none and none can be had.
+    """
+    if not root.is_dir():
+        raise DataError(f"data root {root} not found: make it, or set HDML_DATA to the folder that holds the archives")
+    path = root / archive.file
+    if found := find(root, archive):
+        return found
+    if not archive.address:
+        raise DataError(
+            f"{archive.file} not found in {root}, nor its unpacked folder {archive.folder}; {archive.note}: "
+            f"put it at {path}, or set HDML_DATA to the folder that holds it"
+        )
+    with locked(root / "cache" / f"{archive.file}.lock"):
+        return find(root, archive) or _download(archive, path)
+
+
+def _download(archive: Archive, path: Path) -> Path:
+    part = path.with_name(f"{path.name}.part")
+    digest = hashlib.md5(usedforsecurity=False)
+    by_hand = f"download {archive.address} by hand and put it at {path}"
+    try:
+        with urlopen(archive.address, timeout=60) as response, part.open("wb") as file:
+            size = int(response.headers.get("Content-Length", 0)) or None
+            with tqdm(total=size, desc=archive.file, unit="B", unit_scale=True, disable=None) as bar:
+                while block := response.read(BLOCK):
+                    digest.update(block)
+                    file.write(block)
+                    bar.update(len(block))
+        if digest.hexdigest() != archive.md5:
+            raise DataError(
+                f"{archive.file} must have the MD5 checksum {archive.md5}, got {digest.hexdigest()} from "
+                f"{archive.address}: {by_hand}"
+            )
+        part.rename(path)
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(
+            f"{archive.file} not found in {path.parent}, its download failed ({error}): {by_hand}"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def identity(path: Path) -> list[str]:
+    """Return name, size and modification time of an archive, or of every file in a folder."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stats = [(file.relative_to(path.parent).as_posix(), file.stat()) for file in files]
+    return [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+
+
+def members(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Yield (path inside, content) of an archive's files, or a folder's, in the order in which they are stored.
+
+    Raises DataError where the archive is damaged.
+    """
+    try:
+        for name, content in _stored(path, suffixes):
+            yield PurePosixPath(name), content
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise DataError(f"{path} is damaged or cut short ({error}): fetch it again") from error
+
+
+def _stored(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if _wanted(file.name, suffixes) and file.is_file():
+                yield file.relative_to(path).as_posix(), file.read_bytes()
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if _wanted(name, suffixes):
+                    yield name, archive.read(name)
+    else:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if _wanted(member.name, suffixes) and (file := archive.extractfile(member)):
+                    yield member.name, file.read()
+
+
+def _wanted(name: str, suffixes: tuple[str, ...]) -> bool:
+    # Archives packed on a Mac hold a hidden twin (._name) of every file.
+    return name.lower().endswith(suffixes) and not PurePosixPath(name).name.startswith(".")

@@ -1,0 +1,121 @@
+"""The names that a study is written down under: metrics, tags, states and kinds of trials.
+
+The ledger, the recorder and whoever reads them take every name from here; nothing else spells one. Needs neither
+torch nor ray, so that a reader of results starts at once.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from hdml_core.notation import EpochReport, RetrievalReport
+
+State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
+FINISHED: tuple[State, ...] = ("COMPLETE", "PRUNED", "FAIL")
+
+RUN_STATUS: Mapping[State, str] = {
+    "RUNNING": "KILLED",
+    "COMPLETE": "FINISHED",
+    "PRUNED": "FINISHED",
+    "FAIL": "FAILED",
+}
+"""Status of an MLflow run once nobody works on its trial; a row still RUNNING was interrupted and will be resumed."""
+
+Kind = Literal["search", "baseline", "floor", "confirm"]
+
+# Metrics are split/name.
+TRAIN = "train"
+HARDNESS = "hardness"
+VALIDATION = "validation"
+TEST = "test"
+SECONDS = "cost/seconds"
+GPU_SECONDS = "cost/gpu_seconds"
+PEAK_MEMORY = "cost/peak_memory_mb"
+
+LOSSES = ("j_m", "j_syn", "j_metric", "j_recon", "j_soft", "j_gen", "j_class")
+HARDNESS_TRACE = ("j_avg", "j_gen_avg", "kept", "w_real", "lambda_0_mean", "pulled_share")
+QUALITIES = ("recall_at_1", "map_at_r", "nmi", "f1")
+"""What tables show of a split, in their order."""
+GOALS = tuple(f"{VALIDATION}/{name}" for name in (*QUALITIES, "r_precision"))
+
+TRACE_POINTS = 2000
+"""At most so many points of each metric's per-step trace are kept of a trial."""
+
+# Tags of an MLflow run.
+TAG_TRIAL = "trial"
+TAG_KIND = "kind"
+TAG_STATE = "state"
+TAG_REASON = "reason"
+TAG_COMMIT = "commit"
+TAG_DATA = "data_digest"
+TAG_RECIPE = "recipe"
+TAG_DEVICE = "device"
+TAG_HOST = "host"
+TAG_FROZEN_STUDY = "frozen_study"
+
+
+class Record(NamedTuple):
+    """What a trial says after an epoch: the one message from a worker to ledger and recorder."""
+
+    epoch: int
+    step: int
+    seconds: float
+    """Of work since the trial began, its resumptions included; the same when the epoch is told a second time."""
+    metrics: Mapping[str, float]
+    trace: Mapping[str, tuple[tuple[int, float], ...]]
+    """(step, value) points by metric."""
+    tags: Mapping[str, str]
+    last: bool
+
+
+def retrieval_metrics(split: str, report: "RetrievalReport") -> dict[str, float]:
+    """Name every number of a retrieval report on a split."""
+    recalls = {f"{split}/recall_at_{k}": value for k, value in report.recall_at.items()}
+    others = ("map_at_r", "r_precision", "nmi", "nmi_std", "f1", "f1_std")
+    return recalls | {f"{split}/{name}": getattr(report, name) for name in others}
+
+
+def training_metrics(report: "EpochReport") -> dict[str, float]:
+    """Name the losses of an epoch, each the mean over its steps."""
+    return {f"{TRAIN}/{name}": value for name, value in report.losses.items()}
+
+
+def hardness_trace(report: "EpochReport", epochs: int) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Name an epoch's hardness by step, thinned so that `epochs` such epochs keep within TRACE_POINTS."""
+    points = {}
+    for name, values in report.trace.items():
+        first = report.step - len(values)
+        every = math.ceil(len(values) * epochs / TRACE_POINTS)
+        points[f"{HARDNESS}/{name}"] = tuple(
+            (first + i + 1, value) for i, value in enumerate(values) if (first + i) % every == 0
+        )
+    return points
+
+
+def trial_id(number: int) -> str:
+    """The trial number as it is written everywhere: in names, tags and folders.
+
+    >>> trial_id(7)
+    '0007'
+    """
+    return f"{number:04d}"
+
+
+def short(value: object) -> str:
+    """A parameter's value, to read.
+
+    >>> short(31.6227766), short(12000.0), short(1e-05), short("median")
+    ('31.6', '1.2e4', '1e-5', 'median')
+    """
+    return re.sub(r"e\+?(-?)0*", r"e\1", f"{value:.3g}") if isinstance(value, float) else str(value)
+
+
+def describe(params: Mapping[str, object]) -> str:
+    """A trial's parameters in a line, by the last part of their names.
+
+    >>> describe({"hdml.alpha": 90.0, "hdml.beta": 1e4})
+    'alpha=90 beta=1e4'
+    """
+    return " ".join(f"{name.rpartition('.')[2]}={short(value)}" for name, value in params.items())
