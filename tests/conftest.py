@@ -28,11 +28,9 @@ def _outside_settings() -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_outside_settings():
-    """The user's own ledger, tracker, cluster and data are none of the tests' business."""
-    for name in _outside_settings():
-        del os.environ[name]
+# The user's own ledger, tracker, cluster and data are none of the tests' business.
+for _name in _outside_settings():
+    del os.environ[_name]
 
 
 @pytest.fixture(autouse=True)

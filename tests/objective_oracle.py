@@ -1,4 +1,4 @@
-"""The paper's section 3 and the authors' code as plain loops, one vector at a time: the slow honest twin of `objective`.
+"""The paper's section 3 and the authors' code as plain loops over vectors: the slow honest twin of `objective`.
 
 Written from the equations and the list of departures, in float64; autograd through the loops gives the gradients.
 Only the weights are taken from the networks, never their forward passes. N-pair and triplet, as in the paper.
@@ -84,9 +84,7 @@ def losses(networks, x, labels, config: Config, j_avg: float, j_gen_avg: float) 
     pairs = [(i, j) for i in range(n) for j in range(n)] if is_npair else [(i, i) for i in range(n)]
     row_of = {(i, j): n + j if is_npair else 2 * n + j for i, j in pairs}
 
-    pulled = {
-        (i, j): pull(anchors[i], positives[i], zs[row_of[i, j]], j_avg, hdml.alpha) for i, j in pairs
-    }
+    pulled = {(i, j): pull(anchors[i], positives[i], zs[row_of[i, j]], j_avg, hdml.alpha) for i, j in pairs}
 
     rows = list(zs)
     copies = (anchors + positives) if every_role else []

@@ -42,7 +42,7 @@ FLOORS = (
 # Who may import a library; everyone may import a library that is not named here.
 DOORS = {
     "torch": ("hdml_core", "studies.machinery"),
-    "ray": ("studies.machinery.search", "studies.machinery.study", "studies.machinery.trial"),
+    "ray": ("studies.machinery.driver", "studies.machinery.search", "studies.machinery.trial"),
     "mlflow": ("studies.machinery.tracking", "dashboards.runs"),
     "optuna": ("studies.machinery.space", "studies.machinery.ledger", "studies.machinery.search"),
 }

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hdml_core.config import DataConfig
-from hdml_core.datasets import cars196, cub200, features, folder, omniglot, sop
+from hdml_core.datasets import cars196, cub200, features, folder, glyphs, omniglot, sop
 from hdml_core.datasets.base import DataError, Dataset, LabelledSet, Source, validation_fold
 from hdml_core.datasets.cache import open_cached
 
 __all__ = ["DATASETS", "DataError", "Dataset", "LabelledSet", "data_root", "load", "validation_fold"]
 
 DATASETS: Mapping[str, Callable[[DataConfig, Path], Source]] = {
+    "glyphs": glyphs.read,
     "omniglot": omniglot.read,
     "cub200": cub200.read,
     "cars196": cars196.read,

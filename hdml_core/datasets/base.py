@@ -119,7 +119,7 @@ class Source:
     identity: Sequence[str]
     """Changes whenever the files do, or the size that they are decoded to."""
     read: Callable[[], tuple[tuple[int, ...], Iterator[Sample]]]
-    """The shape of all values, (m, c, h, w) or (m, v, f), and each sample once, in the order in which they are stored."""
+    """The shape of all values, (m, c, h, w) or (m, v, f), and each sample once, in the order in which they lie."""
     decode: Callable[[bytes], np.ndarray]
     """From the content of a sample to its row of values."""
     train_classes: Callable[[Sequence[str]], Sequence[int]] = first_half

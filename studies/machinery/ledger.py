@@ -5,6 +5,7 @@ last thing done about a trial: whatever a fault cut short before is done again w
 Only the driver writes.
 """
 
+import json
 import sqlite3
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -20,14 +21,14 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from hdml_core.config import Setting
+from hdml_core.config import ConfigError, Setting
 from studies.machinery.records import State
-from studies.machinery.space import Space, suggest
+from studies.machinery.space import Space, from_json, suggest, widens
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-class LedgerError(ValueError):
+class LedgerError(ConfigError):
     """A ledger that can't be opened, or that holds something else than was asked for."""
 
 
@@ -58,6 +59,10 @@ PRUNERS: Mapping[str, BasePruner] = {
 }
 
 
+COMPARED = ("baseline", "goal", "direction", "data")
+"""Terms of a study, beside its settings and its space, that may not change once it was begun."""
+
+
 def open_storage(url: str) -> RDBStorage:
     """Open a database of ledgers, making its schema where it has none.
 
@@ -74,15 +79,15 @@ def open_storage(url: str) -> RDBStorage:
         raise LedgerError(f"the ledger {_without_password(url)} can't be opened: {reason}") from error
 
 
-def set_aside(storage: RDBStorage, name: str, stamp: str) -> None:
-    """Rename a study of the ledger, and its siblings, to NAME@STAMP."""
+def set_aside(storage: RDBStorage, name: str, aside: str) -> None:
+    """Rename a study of the ledger, and its siblings with it."""
     for old in optuna.get_all_study_names(storage):
         if old == name or old.startswith(f"{name}."):
             optuna.copy_study(
                 from_study_name=old,
                 from_storage=storage,
                 to_storage=storage,
-                to_study_name=old.replace(name, f"{name}@{stamp}", 1),
+                to_study_name=old.replace(name, aside, 1),
             )
             optuna.delete_study(study_name=old, storage=storage)
 
@@ -127,6 +132,24 @@ class Ledger:
     def note_of(self, number: int, name: str, value: Any) -> None:
         """Note something of a trial in hand."""
         self._live[number].set_user_attr(name, value)
+
+    def settle(self, terms: Mapping[str, Any], space: Space) -> None:
+        """Note on what terms the study's trials stand side by side; a later driver may only widen the space.
+
+        Raises LedgerError with the difference where the study was begun on other terms.
+        """
+        terms = json.loads(json.dumps(terms))
+        begun = self.notes.get("terms")
+        if begun is not None:
+            changes = _changes(begun, terms)
+            if not widens(space, from_json(begun["space"])):
+                changes.append("the space, which is not a widening of the old one")
+            if changes:
+                raise LedgerError(
+                    f"study {self.name!r} was begun on other terms: {'; '.join(changes)}. "
+                    "Give --name OTHER to keep both, or --fresh to put the old study aside"
+                )
+        self.note("terms", terms)
 
     def enqueue(self, points: Iterable[Mapping[str, Setting]]) -> None:
         """Have these points tried first; those that are in the ledger already are not tried again."""
@@ -193,6 +216,14 @@ class Ledger:
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
+
+def _changes(begun: Mapping[str, Any], terms: Mapping[str, Any]) -> list[str]:
+    """What makes trials incomparable, line by line; the question's wording does not."""
+    old = {**begun["settings"], **{name: begun[name] for name in COMPARED}}
+    new = {**terms["settings"], **{name: terms[name] for name in COMPARED}}
+    return [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in old | new if old.get(name) != new.get(name)
+    ]
 
 
 def _row(trial: FrozenTrial) -> Row:

@@ -119,3 +119,13 @@ def describe(params: Mapping[str, object]) -> str:
     'alpha=90 beta=1e4'
     """
     return " ".join(f"{name.rpartition('.')[2]}={short(value)}" for name, value in params.items())
+
+
+def run_name(kind: Kind, number: int, params: Mapping[str, object]) -> str:
+    """A trial's name in MLflow and on the terminal; what there is only one of is named by its kind.
+
+    >>> run_name("search", 7, {"hdml.alpha": 90.0}), run_name("floor", 0, {})
+    ('0007 alpha=90', 'floor')
+    """
+    prefix = {"search": "", "confirm": "confirm "}.get(kind, kind)
+    return f"{prefix}{trial_id(number)} {describe(params)}" if params else prefix

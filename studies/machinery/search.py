@@ -117,16 +117,14 @@ class Interrupt(Stopper):
     """Stop everything where it is, once set; the ledger keeps what runs as RUNNING."""
 
     def __init__(self) -> None:
-        self.set = threading.Event()
+        self.event = threading.Event()
 
     def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
         """Whether it is set."""
-        return self.set.is_set()
-
-
+        return self.event.is_set()
 
 
 def _reason(error: Exception | None) -> str:

@@ -1,5 +1,6 @@
 """A study as data: one question, its base settings, its space, its goal, its budget."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -47,6 +48,8 @@ class Study:
     fairly, and is not what `confirm` measures."""
     direction: Literal["maximize", "minimize"] = "maximize"
     trials: int = 24
+    hours: float = math.inf
+    """After so many hours no trial is begun; those that run then end as they would."""
     sampler: Literal["tpe", "random"] = "tpe"
     pruner: Literal["median", "halving", "none"] = "median"
     seed: int = 0
@@ -62,6 +65,7 @@ class Study:
         for name, value, rule, holds in (
             ("trials", self.trials, ">= 1", self.trials >= 1),
             ("goal", self.goal, f"one of {', '.join(GOALS)}", self.goal in GOALS),
+            ("hours", self.hours, "> 0", self.hours > 0),
             ("gpus_per_trial", self.gpus_per_trial, "> 0", self.gpus_per_trial > 0),
         ):
             if not holds:
@@ -105,6 +109,7 @@ def variant(
     *,
     dataset: str | None = None,
     trials: int | None = None,
+    hours: float | None = None,
     tiny: bool = False,
     overrides: Mapping[str, Setting] | None = None,
     name: str | None = None,
@@ -131,5 +136,6 @@ def variant(
         name=name or default_name,
         base=base,
         trials=trials if trials is not None else TINY_TRIALS if tiny else study.trials,
+        hours=hours if hours is not None else study.hours,
         gpus_per_trial=gpus_per_trial if gpus_per_trial is not None else study.gpus_per_trial,
     )

@@ -1,0 +1,100 @@
+"""What a study says on the terminal: a line for every trial that ended, a bar, a table at the end."""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from studies.machinery.ledger import Ledger, Row
+from studies.machinery.records import QUALITIES, TEST, VALIDATION, Kind, run_name, short, trial_id
+from studies.machinery.space import contains
+from studies.machinery.study import Study
+
+
+class Progress:
+    """A live bar where the terminal is one, and a line for each trial that ended."""
+
+    def __init__(self, done: int, total: int, goal: str) -> None:
+        self._bar = tqdm(total=total, initial=done, unit="trial", disable=None, leave=False)
+        self._goal = goal.rpartition("/")[2]
+
+    def ended(self, kind: Kind, row: Row) -> None:
+        """Say how a trial ended."""
+        said = f"{self._goal} {row.value:.4f}" if row.value is not None else row.notes.get("reason", "")
+        self._bar.write(
+            f"{run_name(kind, row.number, row.params):<34} {row.state:<8} {row.seconds:6.1f} s  {said}",
+            file=sys.stdout,
+        )
+        self._bar.update()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+
+def summary(study: Study, ledgers: Mapping[Kind, Ledger], tracking_uri: str, out: Path) -> str:
+    """The end of a study: what was found, where to look, what to run next."""
+    rows = ledgers["search"].rows()
+    named: dict[str, Row | None] = {
+        kind: next(iter(ledgers[kind].rows()), None) for kind in ("floor", "baseline") if kind in ledgers
+    }
+    if contains(study.space, study.published()):
+        named["published point"] = next((row for row in rows if row.params == study.published()), None)
+    complete = any(row.state == "COMPLETE" for row in rows)
+    named["best"] = ledgers["search"].best() if complete else None
+    parts = [name.rpartition(".")[2] for name in study.space]
+    lines = []
+    for name, row in named.items():
+        if row is not None:
+            params = [short(row.params[setting]) if row.params else "" for setting in study.space]
+            lines.append([name, trial_id(row.number) if row.params else "", *params, *_qualities(row), row.state])
+    states = Counter(row.state for row in rows)
+    said = ["", table(["", "trial", *parts, *QUALITIES, "state"], lines), ""]
+    floor = named.get("floor")
+    if floor is not None and floor.state == "COMPLETE":
+        recall = floor.notes["metrics"][f"{TEST}/{QUALITIES[0]}"]
+        said.append(f"floor on the test classes: {QUALITIES[0]} {recall:.4f}")
+    said.append(f"{len(rows)} of {study.trials} trials: " + ", ".join(f"{n} {state}" for state, n in states.items()))
+    elsewhere = "" if out == Path("runs").absolute() else f" --out {os.path.relpath(out)}"
+    said.append(f"look:  {_look(tracking_uri)}   (experiment {study.name})")
+    if complete:
+        said.append(f"next:  {_command('python')} -m studies confirm {study.name}{elsewhere}")
+    return "\n".join(said)
+
+
+def _qualities(row: Row) -> list[str]:
+    metrics = row.notes.get("metrics", {})
+    found = [metrics.get(f"{VALIDATION}/{name}") for name in QUALITIES]
+    return ["" if value is None else f"{value:.4f}" for value in found]
+
+
+def _look(tracking_uri: str) -> str:
+    if tracking_uri.startswith(("http:", "https:")):
+        return tracking_uri
+    database, _, path = tracking_uri.partition(":///")
+    shown = f"{database}:///{os.path.relpath(path)}" if database == "sqlite" else tracking_uri
+    return f"{_command('mlflow')} ui --backend-store-uri {shown}"
+
+
+def _command(name: str) -> str:
+    return os.path.relpath(Path(sys.executable).with_name(name))
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; the first to the left, the rest to the right.
+
+    >>> print(table(["", "recall"], [["best", "0.41"]]))
+          recall
+    best    0.41
+    """
+    rows = [header, *lines]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
