@@ -35,9 +35,9 @@ def evaluate_retrieval(
 
     rank = torch.arange(1, hits.shape[1] + 1, device=z.device)
     within_r = hits & (rank <= relevant[:, None])
-    precision = within_r.cumsum(1) / rank
-    r_precision = float((within_r.sum(1) / relevant.double()).mean())
-    map_at_r = float(((precision.double() * within_r).sum(1) / relevant).mean())
+    precision = within_r.cumsum(1).double() / rank
+    r_precision = float((within_r.sum(1).double() / relevant).mean())
+    map_at_r = float(((precision * within_r).sum(1) / relevant).mean())
 
     classes = int(labels.unique().numel())
     assignments = [kmeans(z, classes, seed + run) for run in range(clusterings)]
@@ -105,7 +105,7 @@ def kmeans(z: Float[Tensor, "m d"], clusters: int, seed: int) -> Int[Tensor, " m
         counts = torch.bincount(moved_to, minlength=clusters)
         for empty in (counts == 0).nonzero().flatten():
             farthest = nearest.argmax()
-            nearest[farthest] = 0
+            nearest[farthest] = -torch.inf
             moved_to[farthest] = empty
         if torch.equal(moved_to, assignment):
             break

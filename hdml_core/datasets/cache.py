@@ -21,11 +21,11 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from hdml_core.datasets.base import Counts, DataError, Dataset, LabelledSet, Sample, Source, demand_disjoint
+from hdml_core.datasets.base import Counts, DataError, Dataset, Kind, LabelledSet, Sample, Source, demand_disjoint
 from hdml_core.datasets.locks import locked
 
 Manifest = dict[str, Any]
-DTYPES = {"images": np.dtype(np.uint8), "features": np.dtype(np.float32)}
+DTYPES: dict[Kind, np.dtype[Any]] = {"images": np.dtype(np.uint8), "features": np.dtype(np.float32)}
 CHUNK = 256
 
 

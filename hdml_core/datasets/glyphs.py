@@ -1,8 +1,8 @@
 """Glyphs: Unicode characters drawn from the fonts that matplotlib brings along; no download.
 
-The classes are characters that no two fonts confuse (there is one A among the Latin, Greek and Cyrillic ones), drawn
-at one size whatever the font makes of them. The instances are fonts and small affine changes, drawn in whole numbers:
-the same bytes on every machine with the same fonts and FreeType.
+The classes are characters whose shapes stay apart in every font, also when stretched to one height and width: one A
+stands for the Latin, the Greek and the Cyrillic letter. The instances are fonts and affine changes, drawn in whole
+numbers, so that the same matplotlib and Pillow draw the same bytes on every machine.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import matplotlib
+import PIL
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageFont
 
@@ -25,13 +26,17 @@ CHARACTERS = (
     "↽↿⇁⇄⇆⇈⇐⇖⇗⇠⇥⇧⇫⇱⇳⇸∓√∠∩∸∹∺≂≃≐≒≤≥⊆⊏⊡⊢⋄⌂⌘⌥⍽▲▷▽◌◐◓◔◜◝◟◢◣◧◨◬◭◸◺☀☹☼☿♀♁♂♃♅♆♡♤♧♩♫♬♭♮⟆"
 )
 INSTANCES = 20
-FAMILIES = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral")
-STYLES = ("", "-Bold", "-Oblique", "-BoldOblique", "-Italic", "-BoldItalic", "Bol", "Italic", "BolIta")
+FONTS = (
+    *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
+)
 # Computer Modern: its fonts hold other things than they say wherever it is not a letter or digit of ASCII.
 ASCII_FONTS = ("cmr10", "cmss10", "cmtt10", "cmb10", "cmti10")
 
 CANVAS = 96
-EXTENT = 60
+EXTENT = 52
 """Longer side of an unaltered glyph on its canvas."""
 ROTATION, SHEAR, STRETCH, SIZE, SHIFT = 0.4, 0.3, 0.25, 0.2, 6.0
 """The most that an instance departs from the unaltered glyph; the last in pixels of the canvas."""
@@ -40,20 +45,20 @@ ROTATION, SHEAR, STRETCH, SIZE, SHIFT = 0.4, 0.3, 0.25, 0.2, 6.0
 def read(config: DataConfig, root: Path) -> Source:
     """Describe the drawings; every other character trains, so that each side has letters and symbols."""
     size, characters = config.image_size, sorted(CHARACTERS)
-    drawing = Path(__file__).read_bytes()
+    # Whatever changes in this file may change the drawings, and then the cache must not be an old one.
+    this_file = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     def samples() -> Iterator[Sample]:
         for character in characters:
             fonts = fonts_with(character)
             for instance in range(INSTANCES):
                 image = draw(character, fonts[instance % len(fonts)], instance)
-                header = f"P5 {CANVAS} {CANVAS} 255\n".encode()
-                yield Sample(f"{character}/{instance:02d}", character, header + image.tobytes())
+                yield Sample(f"{character}/{instance:02d}", character, pgm(image))
 
     return Source(
         name="glyphs",
         place=fonts_folder(),
-        identity=[f"{size} px", matplotlib.__version__, Image.__version__, hashlib.sha256(drawing).hexdigest()],
+        identity=[f"{size} px", matplotlib.__version__, PIL.__version__, this_file],
         read=lambda: ((len(characters) * INSTANCES, 1, size, size), samples()),
         decode=image_decoder(size, channels=1),
         train_classes=lambda classes: range(0, len(classes), 2),
@@ -76,6 +81,11 @@ def draw(character: str, font: str, instance: int) -> Image.Image:
     return glyph.transform((CANVAS, CANVAS), Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
 
 
+def pgm(image: Image.Image) -> bytes:
+    """Return the image as a portable graymap file: a line of text, then the pixels."""
+    return f"P5 {image.width} {image.height} 255\n".encode() + image.tobytes()
+
+
 def fonts_folder() -> Path:
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
@@ -83,13 +93,12 @@ def fonts_folder() -> Path:
 def fonts_with(character: str) -> Sequence[str]:
     """Return the fonts that can draw this character."""
     fonts = [font for font, characters in fonts_and_characters().items() if ord(character) in characters]
-    return fonts + list(ASCII_FONTS if character.isascii() and character.isalnum() else ())
+    return [*fonts, *ASCII_FONTS] if character.isascii() and character.isalnum() else fonts
 
 
 @cache
 def fonts_and_characters() -> dict[str, frozenset[int]]:
-    files = {family + style: fonts_folder() / f"{family}{style}.ttf" for family in FAMILIES for style in STYLES}
-    return {font: frozenset(FT2Font(str(file)).get_charmap()) for font, file in files.items() if file.is_file()}
+    return {font: frozenset(FT2Font(str(fonts_folder() / f"{font}.ttf")).get_charmap()) for font in FONTS}
 
 
 @cache
