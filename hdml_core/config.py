@@ -295,7 +295,8 @@ def parse_setting(assignment: str) -> tuple[str, Setting]:
             return name, text
         return name, hint(text)
     except (ValueError, KeyError) as error:
-        wanted = "true or false" if hint is bool else f"of type {getattr(hint, '__name__', hint)}"
+        words = {bool: "true or false", tuple: "whole numbers with commas between"}
+        wanted = words.get(get_origin(hint) or hint, f"of type {hint.__name__}")
         raise ConfigError(f"{name} must be {wanted}, got {text!r}") from error
 
 

@@ -1,0 +1,1 @@
+"""The studies: one question per file; `machinery` runs them."""

@@ -1,8 +1,8 @@
 """How good is the plain metric loss, without hardness-aware synthesis, once its learning rates are tuned as carefully?
 
 The baseline of Zheng, Chen, Lu, Zhou, "Hardness-Aware Deep Metric Learning", CVPR 2019, is the metric loss alone,
-Eq. (12) or (13). A method is only better than a baseline that was given the same budget: `confirm` puts the best trials of
-two studies side by side.
+Eq. (12) or (13). A method is better only than a baseline that was given the same budget: `confirm` puts the
+best trials of two studies side by side.
 
 Run:   python studies/baseline.py
        python -m studies confirm alpha_beta --against baseline

@@ -252,7 +252,7 @@ def test_what_a_user_may_type(typed, setting):
         ("hdml.alpha=many", "hdml.alpha must be of type float, got 'many'"),
         ("optim.epochs=2.5", "optim.epochs must be of type int, got '2.5'"),
         ("data.flip=yes", "data.flip must be true or false, got 'yes'"),
-        ("retrieval.ks=1,two", "retrieval.ks must be of type tuple, got '1,two'"),
+        ("retrieval.ks=1,two", "retrieval.ks must be whole numbers with commas between, got '1,two'"),
     ],
 )
 def test_what_a_user_may_not_type(typed, message):

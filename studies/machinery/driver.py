@@ -29,6 +29,7 @@ from studies.machinery.tracking import Recorder
 from studies.machinery.trial import Job, run_job
 
 RAY_HABITS = {
+    "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",

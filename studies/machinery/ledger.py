@@ -22,7 +22,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from hdml_core.config import ConfigError, Setting
-from studies.machinery.records import State
+from studies.machinery.records import Direction, State
 from studies.machinery.space import Space, from_json, suggest, widens
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -101,7 +101,7 @@ class Ledger:
         name: str,
         space: Space,
         *,
-        direction: str = "maximize",
+        direction: Direction = "maximize",
         sampler: str = "random",
         pruner: str = "none",
         seed: int = 0,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     from hdml_core.notation import EpochReport, RetrievalReport
 
+Direction = Literal["maximize", "minimize"]
 State = Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL"]
 FINISHED: tuple[State, ...] = ("COMPLETE", "PRUNED", "FAIL")
 

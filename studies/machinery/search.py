@@ -34,7 +34,14 @@ class Series:
     job: Callable[[Row], Job]
 
 
-class LedgerSearch(Searcher):
+class Stateless:
+    """Keeps out of Tune's snapshots, which nothing is ever restored from: the ledger is the state."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class LedgerSearch(Stateless, Searcher):  # type: ignore[misc]
     """Give Tune the trials of each series in turn: those left RUNNING first, then new ones until its number is full.
 
     None begins after the deadline, a time of `time.monotonic`; those that run then run to their end.
@@ -61,7 +68,7 @@ class LedgerSearch(Searcher):
         """Nothing: the ledger is the state."""
 
 
-class LedgerScheduler(FIFOScheduler):
+class LedgerScheduler(Stateless, FIFOScheduler):  # type: ignore[misc]
     """Take every report to recorder and ledger, and stop what the ledger's pruner gives up."""
 
     def __init__(self, plan: Sequence[Series], recorder: Recorder, progress: Progress) -> None:
@@ -113,7 +120,7 @@ class LedgerScheduler(FIFOScheduler):
         return job, self._series[job.kind].ledger
 
 
-class Interrupt(Stopper):
+class Interrupt(Stateless, Stopper):  # type: ignore[misc]
     """Stop everything where it is, once set; the ledger keeps what runs as RUNNING."""
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import optuna
 
@@ -73,7 +73,7 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Setting]:
             case Integer(low, high):
                 drawn[name] = trial.suggest_int(name, low, high)
             case Choice(values):
-                drawn[name] = trial.suggest_categorical(name, values)
+                drawn[name] = cast(Setting, trial.suggest_categorical(name, values))
     return drawn
 
 

@@ -14,7 +14,7 @@ from hdml_core.config import (
     to_settings,
     with_settings,
 )
-from studies.machinery.records import GOALS
+from studies.machinery.records import GOALS, Direction
 from studies.machinery.space import Space, contains, ends
 
 TINY_TRIALS = 4
@@ -46,7 +46,7 @@ class Study:
     goal: str = "validation/recall_at_1"
     """Metric that counts, at a trial's last epoch: a maximum over epochs would reward noise, could not be pruned
     fairly, and is not what `confirm` measures."""
-    direction: Literal["maximize", "minimize"] = "maximize"
+    direction: Direction = "maximize"
     trials: int = 24
     hours: float = math.inf
     """After so many hours no trial is begun; those that run then end as they would."""

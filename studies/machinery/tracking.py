@@ -14,7 +14,7 @@ import mlflow
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.utils.mlflow_tags import MLFLOW_NOTE, MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE, MLFLOW_PARENT_RUN_ID
 
 from hdml_core.config import ConfigError, Setting
 from studies.machinery.ledger import Row
@@ -83,7 +83,7 @@ class Recorder:
             if TAG_TRIAL in run.data.tags
         }
         if run_id is None:
-            run = self._client.create_run(self.experiment, run_name=name, tags={**tags, MLFLOW_NOTE: question})
+            run = self._client.create_run(self.experiment, run_name=name, tags={**tags, MLFLOW_RUN_NOTE: question})
             run_id = run.info.run_id
         else:
             self._client.update_run(run_id, "RUNNING")
