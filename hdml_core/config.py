@@ -344,8 +344,8 @@ _PHOTOGRAPHS: Settings = {
     "optim.epochs": 40,
 }
 DATA_SETTINGS: Mapping[str, Settings] = {
-    "glyphs": {},
-    "omniglot": {"optim.epochs": 20},
+    "glyphs": {"optim.epochs": 6, "optim.channels_last": True},
+    "omniglot": {"optim.epochs": 20, "optim.channels_last": True},
     "cub200": _PHOTOGRAPHS,
     "cars196": _PHOTOGRAPHS,
     "sop": {**_PHOTOGRAPHS, "retrieval.ks": (1, 10, 100)},

@@ -1,7 +1,7 @@
 """The metric losses J(T): small callables over roles, and how each lays its tuples out.
 
-Every loss says in which `layout` a batch's rows come, hands out its `roles` as views of whatever has one entry per
-row, and is called with roles that hold real or synthetic embeddings alike. With `pairs`, the negatives of an anchor
+Every loss says in which `layout` a batch's rows come, hands out the `roles` of whatever has one entry per row, never
+tiled, and is called with roles that hold real or synthetic embeddings alike. With `pairs`, the negatives of an anchor
 are rows of the other classes of the batch, laid out along an axis of their own; entries of the anchor's own class are
 masked out of every sum. Distances are Euclidean.
 """
@@ -33,7 +33,7 @@ class MetricLoss(Protocol):
         """How the mean cross-entropies of the roles add up to J_soft where every role is generated."""
 
     def roles(self, rows: Tensor) -> Roles:
-        """Views of something with one entry per row, shape (b, x), as anchor, positive and negative."""
+        """Something with one entry per row, shape (b, x), as anchor, positive and negative."""
 
     def negative_mask(self, roles: Roles) -> Bool[Tensor, "*b"]:
         """Which entries of the tuples are negatives indeed."""
@@ -110,7 +110,8 @@ class NPairLoss(_FirstOfPairs):
 class AngularLoss(_FirstOfPairs):
     """Mean over i of log(1 + sum_j!=i exp(4 t^2 (z_i + z_i+) . z_j+ - 2 (1 + t^2) z_i . z_i+)), t = tan(angle).
 
-    Wang et al., "Deep Metric Learning with Angular Loss", ICCV 2017, Eq. (8); `l2_reg` as in the N-pair loss.
+    Wang et al., "Deep Metric Learning with Angular Loss", ICCV 2017, Eq. (8), but without normalisation, as in the
+    N-pair loss; `l2_reg` is that loss's too.
     """
 
     angle: float
@@ -146,7 +147,7 @@ class _AllOfPairs:
 class ContrastiveLoss(_AllOfPairs):
     """Mean of d(z, z+)^2 over positive pairs, plus the mean of max(0, m - d(z, z-))^2 over the negative pairs.
 
-    Hadsell et al. 2006, on the unit sphere and with each kind of pair averaged by itself.
+    Hadsell et al. 2006 without their factor 1/2, on the unit sphere, and with each kind of pair averaged by itself.
     """
 
     def __call__(self, roles: Roles) -> Float[Tensor, ""]:

@@ -66,9 +66,9 @@ class _Body(NamedTuple):
 
 
 def _convnet() -> nn.Module:
-    """Four blocks of 3 x 3 convolution, batch norm, ReLU and pooling; 64, 64, 128, 128 channels."""
+    """Four blocks of 3 x 3 convolution, batch norm, ReLU and pooling; 32, 64, 128, 128 channels."""
     layers: list[nn.Module] = []
-    sizes = (1, 64, 64, 128, 128)
+    sizes = (1, 32, 64, 128, 128)
     for number, (before, after) in enumerate(pairwise(sizes), start=1):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         layers.append(nn.MaxPool2d(2) if number < 4 else nn.AdaptiveAvgPool2d(1))
@@ -78,8 +78,12 @@ def _convnet() -> nn.Module:
 # Name -> how to build it, which layer is its classifier (cut off), size of its feature, channels of its images.
 EXTRACTORS: Mapping[str, _Body] = {
     "convnet": _Body(_convnet, "", 128, 1),
+    # Its weights want pixels in [-1, 1]: transform_input makes them so from those that are normalised as ImageNet's.
     "googlenet": _Body(
-        lambda: torchvision.models.googlenet(weights=None, init_weights=True, aux_logits=False), "fc", 1024, 3
+        lambda: torchvision.models.googlenet(weights=None, init_weights=True, aux_logits=False, transform_input=True),
+        "fc",
+        1024,
+        3,
     ),
     "resnet50": _Body(lambda: torchvision.models.resnet50(weights=None), "fc", 2048, 3),
     "mobilenet_v2": _Body(lambda: torchvision.models.mobilenet_v2(weights=None), "classifier", 1280, 3),

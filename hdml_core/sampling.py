@@ -51,7 +51,10 @@ class RoleBatches:
                 f"classes and the training set has {found}"
             )
         if self.tuples % world:
-            raise ConfigError(f"data.batch_size {batch_size}: {self.tuples} tuples do not share out over {world}")
+            raise ConfigError(
+                f"data.batch_size must make a multiple of {world} {layout}, as many for each process, "
+                f"got {batch_size}, which makes {self.tuples}"
+            )
 
     def epoch(self, epoch: int) -> Iterator[Int[np.ndarray, " b"]]:
         """Yield the row numbers of each batch of this epoch, role after role."""

@@ -1,4 +1,4 @@
-"""How good is the plain metric loss, without hardness-aware synthesis, once its learning rates are tuned as carefully?
+"""How good is the plain metric loss, without hardness-aware synthesis, once it is tuned as carefully?
 
 The baseline of Zheng, Chen, Lu, Zhou, "Hardness-Aware Deep Metric Learning", CVPR 2019, is the metric loss alone,
 Eq. (12) or (13). A method is better only than a baseline that was given the same budget: `confirm` puts the
@@ -17,7 +17,7 @@ STUDY = Study(
     name="baseline",
     question=__doc__,
     base={"recipe": "paper", "loss.name": "npair", "hdml.enabled": False},
-    space={"optim.lr_embedder": LogUniform(1e-5, 1e-1), "optim.lr_extractor": LogUniform(1e-6, 1e-2)},
+    space={"optim.lr_embedder": LogUniform(1e-5, 1e-2), "optim.weight_decay": LogUniform(1e-6, 1e-2)},
     goal="validation/recall_at_1",
     trials=24,
     pruner="median",

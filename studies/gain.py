@@ -20,9 +20,9 @@ STUDY = Study(
     question=__doc__,
     base={"recipe": "paper", "loss.name": "npair"},
     space={
-        "hdml.alpha": LogUniform(0.1, 300.0),
+        "hdml.alpha": LogUniform(0.1, 1e4),
         "hdml.beta": LogUniform(0.1, 1e5),
-        "optim.lr_embedder": LogUniform(1e-5, 1e-1),
+        "optim.lr_embedder": LogUniform(1e-5, 1e-2),
     },
     goal="validation/recall_at_1",
     trials=24,

@@ -1,177 +1,147 @@
-"""Each loss equals its plain-loop twin, in value and gradient, and pytorch-metric-learning where definitions agree."""
+"""Every metric loss keeps the laws, equals its plain-loop twin, and is whose definition its docstring says."""
 
 import math
 
 import pytest
 import torch
-from pytorch_metric_learning import losses as peers
-from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning import distances, losses, reducers
 
 from hdml_core.config import LossConfig
-from hdml_core.metric_losses import METRIC_LOSSES
-from tests import objective_oracle
+from hdml_core.metric_losses import METRIC_LOSSES, NPairLoss
+from hdml_core.notation import Roles
+from tests import conformance, oracles
+from tests.conformance import TUPLES, draw_rows, synthetic_roles
 
-N, D = 4, 3
-CONFIG = LossConfig(margin=0.7, l2_reg=0.03, angle=35.0)
-
-
-def batch(name, seed=0):
-    """Rows of a batch laid out for the loss, and its class by row."""
-    random = torch.Generator().manual_seed(seed)
-    layout = METRIC_LOSSES[name](CONFIG).layout
-    classes = list(range(N)) * 2 + (list(range(N, 2 * N)) if layout == "triplets" else [])
-    return torch.randn(len(classes), D, generator=random, dtype=torch.float64).requires_grad_(), classes
-
-
-def unit(z):
-    return [row / row.norm() for row in z]
+# The settings of the plain-loop twins; at this margin some triplets are satisfied and some are not.
+MARGIN, L2_REG, ANGLE = 0.7, 0.3, 35.0
+TWINS = {
+    "triplet": lambda a, p, n: oracles.triplet(a, p, n, MARGIN),
+    "npair": lambda a, p, n: oracles.npair(a, p, n, L2_REG),
+    "contrastive": lambda a, p, n: oracles.contrastive(a, p, n, MARGIN),
+    "semihard": lambda a, p, n: oracles.semihard(a, p, n, MARGIN),
+    "lifted": lambda a, p, n: oracles.lifted(a, p, n, MARGIN),
+    "angular": lambda a, p, n: oracles.angular(a, p, n, ANGLE, L2_REG),
+}
 
 
-def partner(i):
-    return (i + N) % (2 * N)
+def loss_named(name, margin=1.0, l2_reg=0.0, angle=40.0):
+    return METRIC_LOSSES[name](LossConfig(name=name, margin=margin, l2_reg=l2_reg, angle=angle))
 
 
-def others(i):
-    return [j for j in range(2 * N) if j % N != i % N]
-
-
-def triplet(z):
-    return objective_oracle.triplet(z[:N], z[N : 2 * N], z[2 * N :], CONFIG.margin)
-
-
-def npair(z):
-    positives = z[N:]
-    return objective_oracle.npair(z[:N], positives, [list(positives)] * N, CONFIG.l2_reg)
-
-
-def angular(z):
-    t2 = math.tan(math.radians(CONFIG.angle)) ** 2
-    total = 0.0
-    for i in range(N):
-        a, p = z[i], z[N + i]
-        terms = [torch.exp(4 * t2 * ((a + p) @ z[N + j]) - 2 * (1 + t2) * (a @ p)) for j in range(N) if j != i]
-        total = total + torch.log(1 + sum(terms))
-    squares = sum(row @ row for row in z) / N
-    return total / N + 0.25 * CONFIG.l2_reg * squares
-
-
-def contrastive(z):
-    z = unit(z)
-    near = [(z[i] - z[partner(i)]).square().sum() for i in range(2 * N)]
-    far = [torch.clamp(CONFIG.margin - (z[i] - z[j]).norm(), min=0) ** 2 for i in range(2 * N) for j in others(i)]
-    return sum(near) / len(near) + sum(far) / len(far)
-
-
-def semihard(z):
-    z, total = unit(z), 0.0
-    for i in range(2 * N):
-        d_plus = (z[i] - z[partner(i)]).square().sum()
-        negatives = sorted(((z[i] - z[j]).square().sum() for j in others(i)), key=float_of)
-        farther = [d for d in negatives if d > d_plus]
-        total = total + torch.clamp(d_plus - (farther or negatives[-1:])[0] + CONFIG.margin, min=0)
-    return total / (2 * N)
-
-
-def lifted(z):
-    total = 0.0
-    for i in range(N):
-        j = partner(i)
-        repulsion = sum(torch.exp(CONFIG.margin - (z[a] - z[b]).norm()) for a in (i, j) for b in others(a))
-        total = total + torch.clamp(torch.log(repulsion) + (z[i] - z[j]).norm(), min=0) ** 2
-    return total / (2 * N)
-
-
-def float_of(value):
-    return float(value.detach())
-
-
-TWINS = {twin.__name__: twin for twin in (triplet, npair, angular, contrastive, semihard, lifted)}
-
-
-def test_every_loss_has_a_twin():
-    assert TWINS.keys() == METRIC_LOSSES.keys()
-
-
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("law", conformance.METRIC_LOSS_LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("name", METRIC_LOSSES)
-def test_equals_its_plain_loops(name, seed):
-    z, _ = batch(name, seed)
-    loss = METRIC_LOSSES[name](CONFIG)
-    ours, twin = loss(loss.roles(z)), TWINS[name](z)
-    torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-10)
-    gradients = [torch.autograd.grad(value, z)[0] for value in (ours, twin)]
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+def test_law(name, law):
+    law(loss_named(name))
+
+
+def value_and_gradients(loss, roles):
+    """The value, and the gradient of each role as it stands."""
+    leaves = Roles(*(role.detach().clone().requires_grad_() for role in roles))
+    value = loss(leaves)
+    return value, torch.autograd.grad(value, leaves)
+
+
+def in_loops(twin, layout):
+    """The twin over roles: lists of vectors, with a list of negatives for each anchor where they come in pairs."""
+
+    def loss(roles):
+        if layout == "triplets":
+            return twin(*roles)
+        anchors, positives = roles.anchor.squeeze(1), roles.positive.squeeze(1)
+        return twin(anchors, positives, roles.negative.expand(len(anchors), -1, -1))
+
+    return loss
+
+
+@pytest.mark.parametrize("tuples", ["real", "synthetic"])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", METRIC_LOSSES)
+def test_value_and_gradients_equal_the_plain_loops(name, seed, tuples):
+    loss = loss_named(name, MARGIN, L2_REG, ANGLE)
+    rows = draw_rows(loss, seed)
+    roles = loss.roles(rows) if tuples == "real" else synthetic_roles(loss, seed)
+    value, gradients = value_and_gradients(loss, roles)
+    wanted, wanted_gradients = value_and_gradients(in_loops(TWINS[name], loss.layout), roles)
+    torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", METRIC_LOSSES)
-def test_gradients_equal_finite_differences(name):
-    z, _ = batch(name, 11)
-    loss = METRIC_LOSSES[name](CONFIG)
-    assert torch.autograd.gradcheck(lambda rows: loss(loss.roles(rows)), z)
+def test_gradient_equals_finite_differences(name):
+    loss = loss_named(name, MARGIN, L2_REG, ANGLE)
+    rows = draw_rows(loss).requires_grad_()
+    assert torch.autograd.gradcheck(lambda rows: loss(loss.roles(rows)), rows)
 
 
-@pytest.mark.parametrize("name", METRIC_LOSSES)
-def test_the_order_of_the_tuples_does_not_matter(name):
-    z, _ = batch(name)
-    loss = METRIC_LOSSES[name](CONFIG)
-    order = torch.tensor([2, 0, 3, 1])
-    shuffled = torch.cat([block[order] for block in z.split(N)])
-    torch.testing.assert_close(loss(loss.roles(shuffled)), loss(loss.roles(z)), rtol=1e-12, atol=1e-12)
+def test_npair_at_chance_is_the_log_of_its_classes():
+    loss = NPairLoss(l2_reg=0.0)
+    torch.testing.assert_close(loss(loss.roles(torch.zeros(2 * 64, 8))), torch.tensor(64.0).log())
 
 
-@pytest.mark.parametrize("name", METRIC_LOSSES)
-def test_roles_are_of_the_classes_that_they_should_be(name):
-    z, classes = batch(name)
-    loss = METRIC_LOSSES[name](CONFIG)
-    labels = loss.roles(torch.tensor(classes)[:, None])
-    shape = torch.broadcast_shapes(*(part.shape for part in labels))
-    anchor, positive, negative = (part.expand(shape)[..., 0] for part in labels)
-    is_negative = loss.negative_mask(labels)
-    assert (anchor == positive).all()
-    assert torch.equal(is_negative, anchor != negative)
-    assert loss.roles(z).anchor.untyped_storage().data_ptr() == z.untyped_storage().data_ptr()
+@pytest.mark.parametrize("name", ["npair", "angular"])
+def test_large_inner_products_do_not_overflow(name):
+    loss = loss_named(name)
+    rows = (1e4 * draw_rows(loss).float()).requires_grad_()
+    value, gradients = value_and_gradients(loss, loss.roles(rows))
+    assert value.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("name", METRIC_LOSSES)
-def test_rows_of_an_anchors_own_class_are_no_negatives(name):
-    """Whatever stands at the masked entries, even infinity, changes neither value nor gradient."""
-    z, _ = batch(name)
-    loss = METRIC_LOSSES[name](CONFIG)
-    roles = loss.roles(z)
-    mask = loss.negative_mask(roles)
-    if mask.all():
-        return
-    moved = roles._replace(negative=torch.where(mask[..., None], roles.negative, roles.negative + 5.0))
-    torch.testing.assert_close(loss(moved) - reg(name, moved), loss(roles) - reg(name, roles), rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize(("negatives", "chosen"), [((0.5, 2.0), 2.0), ((3.0, 2.0), 2.0), ((0.5, 0.7), 0.7)])
+def test_semihard_takes_the_nearest_farther_negative_or_else_the_farthest(negatives, chosen):
+    """Two pairs on the unit circle, by their angles from the anchor; the positive is at 1."""
+
+    def at(*angles):
+        angle = torch.tensor(angles, dtype=torch.float64)
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+    def chord2(angle):
+        return 2 - 2 * math.cos(angle)
+
+    one, other = negatives
+    # Rows 0 and 2 are a pair, so that each row faces both angles.
+    roles = Roles(at(0.0).expand(4, 1, 2), at(1.0).expand(4, 1, 2), at(one, one, other, other).expand(4, 4, 2))
+    assert loss_named("semihard", margin=10.0)(roles).item() == pytest.approx(chord2(1.0) - chord2(chosen) + 10)
 
 
-def reg(name, roles):
-    if name not in ("npair", "angular"):
-        return 0.0
-    return 0.25 * CONFIG.l2_reg * sum(part.square().sum(-1).mean() for part in (roles.anchor, roles.negative))
+# pytorch-metric-learning's definitions, on rows whose labels say which are a pair.
+PAIR_LABELS = torch.arange(TUPLES).repeat(2)
 
 
-def test_lifted_structure_equals_pytorch_metric_learning():
-    z, classes = batch("lifted")
-    peer = peers.LiftedStructureLoss(
-        neg_margin=CONFIG.margin, pos_margin=0.0, distance=LpDistance(normalize_embeddings=False)
+def test_npair_is_that_of_pytorch_metric_learning():
+    loss = loss_named("npair")
+    rows = draw_rows(loss)
+    anchors = torch.arange(TUPLES)
+    no_negatives = torch.empty(0, dtype=torch.long)
+    theirs = losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False))
+    wanted = theirs(rows, PAIR_LABELS, (anchors, anchors + TUPLES, no_negatives, no_negatives))
+    torch.testing.assert_close(loss(loss.roles(rows)), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_lifted_is_that_of_pytorch_metric_learning_unnormalised():
+    loss = loss_named("lifted", MARGIN)
+    rows = draw_rows(loss)
+    theirs = losses.LiftedStructureLoss(neg_margin=MARGIN, distance=distances.LpDistance(normalize_embeddings=False))
+    torch.testing.assert_close(loss(loss.roles(rows)), theirs(rows, PAIR_LABELS), rtol=1e-10, atol=1e-10)
+
+
+def test_angular_is_that_of_pytorch_metric_learning_on_the_unit_sphere_with_second_rows_as_references():
+    loss = loss_named("angular", angle=ANGLE)
+    rows = torch.nn.functional.normalize(draw_rows(loss))
+    first, second = rows.chunk(2)
+    labels = torch.arange(TUPLES)
+    wanted = losses.AngularLoss(alpha=ANGLE)(first, labels, ref_emb=second, ref_labels=labels)
+    torch.testing.assert_close(loss(loss.roles(rows)), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_triplet_is_that_of_pytorch_metric_learning_summed_over_squared_distances():
+    loss = loss_named("triplet", MARGIN)
+    rows = draw_rows(loss)
+    theirs = losses.TripletMarginLoss(
+        margin=MARGIN,
+        distance=distances.LpDistance(normalize_embeddings=False, power=2),
+        reducer=reducers.SumReducer(),
     )
-    loss = METRIC_LOSSES["lifted"](CONFIG)
-    torch.testing.assert_close(loss(loss.roles(z)), peer(z, torch.tensor(classes)), rtol=1e-6, atol=1e-6)
-
-
-def test_triplet_equals_torch_on_squared_distances():
-    z, _ = batch("triplet")
-    loss = METRIC_LOSSES["triplet"](CONFIG)
-    squared = torch.nn.TripletMarginWithDistanceLoss(
-        distance_function=lambda p, q: (p - q).square().sum(-1), margin=CONFIG.margin, reduction="sum"
-    )
-    torch.testing.assert_close(loss(loss.roles(z)), squared(*z.chunk(3)), rtol=1e-12, atol=1e-12)
-
-
-def test_npair_is_the_cross_entropy_of_the_similarities():
-    z, _ = batch("npair")
-    loss = METRIC_LOSSES["npair"](LossConfig())
-    similarities = z[:N] @ z[N:].T
-    wanted = torch.nn.functional.cross_entropy(similarities, torch.arange(N))
-    torch.testing.assert_close(loss(loss.roles(z)), wanted, rtol=1e-12, atol=1e-12)
+    triplets = tuple(torch.arange(TUPLES) + block * TUPLES for block in range(3))
+    wanted = theirs(rows, indices_tuple=triplets)
+    torch.testing.assert_close(loss(loss.roles(rows)), wanted, rtol=1e-10, atol=1e-10)

@@ -1,4 +1,6 @@
-"""Batches are laid out by role, are a pure function of seed and epoch, and are shared out without overlap."""
+"""Batches are laid out by role, are a function of (seed, epoch), share out over processes, and are uniform."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -6,76 +8,126 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hdml_core.config import ConfigError
-from hdml_core.sampling import RoleBatches
+from hdml_core.sampling import CLASSES_PER_TUPLE, ROWS_PER_TUPLE, RoleBatches
 
-LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(12), [2, 3, 4, 5] * 3))
-
-
-def batches(layout, batch_size=12, steps=5, seed=0, **share):
-    return RoleBatches(LABELS, layout, batch_size, steps, seed, **share)
+LAYOUTS = ("pairs", "triplets")
 
 
-@given(st.integers(0, 1000), st.integers(0, 1000))
-def test_pairs_are_two_rows_of_each_of_n_classes(seed, epoch):
-    for rows in batches("pairs", seed=seed).epoch(epoch):
-        first, second = LABELS[rows[:6]], LABELS[rows[6:]]
-        assert (first == second).all()
-        assert len(set(first)) == 6
-        assert (rows[:6] != rows[6:]).all()
+@st.composite
+def cases(draw):
+    """Shuffled labels, a layout, and a batch size that they have the classes for."""
+    layout = draw(st.sampled_from(LAYOUTS))
+    counts = draw(st.lists(st.integers(2, 6), min_size=CLASSES_PER_TUPLE[layout], max_size=12))
+    labels = np.random.default_rng(draw(st.integers(0, 99))).permutation(np.repeat(np.arange(len(counts)), counts))
+    tuples = draw(st.integers(1, len(counts) // CLASSES_PER_TUPLE[layout]))
+    return labels, layout, tuples * ROWS_PER_TUPLE[layout]
 
 
-@given(st.integers(0, 1000), st.integers(0, 1000))
-def test_triplets_have_negatives_of_other_classes(seed, epoch):
-    for rows in batches("triplets", seed=seed).epoch(epoch):
-        anchor, positive, negative = LABELS[rows].reshape(3, 4)
-        assert (anchor == positive).all()
-        assert (rows[:4] != rows[4:8]).all()
-        assert len({*anchor, *negative}) == 8
+def equal(batches, others):
+    return all(np.array_equal(batch, other) for batch, other in zip(batches, others, strict=True))
 
 
-@pytest.mark.parametrize("layout", ["pairs", "triplets"])
-def test_an_epoch_is_a_function_of_seed_and_epoch(layout):
-    once, again = ([*batches(layout).epoch(3)] for _ in range(2))
-    np.testing.assert_array_equal(once, again)
-    assert not np.array_equal(once, [*batches(layout).epoch(4)])
-    assert not np.array_equal(once, [*batches(layout, seed=1).epoch(3)])
+@given(case=cases(), epoch=st.integers(0, 1000))
+def test_tuples_are_as_the_layout_says(case, epoch):
+    labels, layout, batch_size = case
+    for rows in RoleBatches(*case, steps=3, seed=1).epoch(epoch):
+        assert len(rows) == batch_size
+        anchors, positives, *negatives = np.split(rows, ROWS_PER_TUPLE[layout])
+        assert np.array_equal(labels[anchors], labels[positives])
+        assert (anchors != positives).all()
+        classes = np.concatenate([labels[anchors], *(labels[role] for role in negatives)])
+        assert len(np.unique(classes)) == len(classes) == len(anchors) * CLASSES_PER_TUPLE[layout]
+        assert len(np.unique(rows)) == batch_size
 
 
-@pytest.mark.parametrize("layout", ["pairs", "triplets"])
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_a_batch(layout, world):
-    size = {"pairs": 8, "triplets": 12}[layout]
-    whole = [*batches(layout, size).epoch(0)]
-    shares = zip(*(batches(layout, size, rank=rank, world=world).epoch(0) for rank in range(world)), strict=True)
-    for rows, of_ranks in zip(whole, shares, strict=True):
-        by_role = [share.reshape(-1, 4 // world) for share in of_ranks]
-        np.testing.assert_array_equal(np.concatenate(by_role, axis=1).flatten(), rows)
+@given(case=cases(), epoch=st.integers(0, 1000), seed=st.integers(0, 2**40))
+def test_an_epoch_is_a_function_of_seed_and_epoch(case, epoch, seed):
+    fresh = RoleBatches(*case, steps=2, seed=seed)
+    resumed = RoleBatches(*case, steps=2, seed=seed)
+    list(resumed.epoch(epoch + 1))
+    assert equal(fresh.epoch(epoch), resumed.epoch(epoch))
 
 
-def test_every_row_is_drawn_alike_within_its_class():
-    counts = np.zeros(len(LABELS))
-    for rows in batches("pairs", steps=4000).epoch(0):
-        counts[rows] += 1
-    by_class = counts / 4000 * np.bincount(LABELS)[LABELS]
-    np.testing.assert_allclose(by_class, 2 * 6 / 12, rtol=0.15)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_seeds_and_epochs_draw_other_batches(layout):
+    labels = np.arange(200).repeat(10)
+    first = [RoleBatches(labels, layout, 60, 1, seed).epoch(epoch) for seed in (0, 1) for epoch in (0, 1)]
+    drawn = {tuple(rows) for batches in first for rows in batches}
+    assert len(drawn) == 4
 
 
-def test_an_epoch_draws_as_many_rows_as_there_are():
-    assert len([*batches("pairs", steps=0).epoch(0)]) == -(-len(LABELS) // 12)
+@given(case=cases(), world=st.integers(1, 4))
+def test_processes_share_each_batch_out(case, world):
+    labels, layout, _ = case
+    tuples = world * max(1, len(np.unique(labels)) // CLASSES_PER_TUPLE[layout] // world)
+    if tuples * CLASSES_PER_TUPLE[layout] > len(np.unique(labels)):
+        return
+    batch_size = tuples * ROWS_PER_TUPLE[layout]
+    whole = RoleBatches(labels, layout, batch_size, 3, seed=4).epoch(2)
+    shares = [RoleBatches(labels, layout, batch_size, 3, 4, rank, world).epoch(2) for rank in range(world)]
+    for rows, *parts in zip(whole, *shares, strict=True):
+        by_role = [part.reshape(ROWS_PER_TUPLE[layout], tuples // world) for part in parts]
+        assert np.array_equal(np.concatenate(by_role, axis=1).ravel(), rows)
+
+
+@pytest.mark.parametrize(("rows", "batch_size", "steps"), [(600, 60, 10), (601, 60, 11), (40, 60, 1)])
+def test_an_epoch_draws_as_many_rows_as_there_are(rows, batch_size, steps):
+    labels = np.arange(rows) % 20
+    if rows == 40:
+        batch_size = 40
+    batches = RoleBatches(labels, "pairs", batch_size // 3 * 2, 0, seed=0)
+    assert len(list(batches.epoch(0))) == -(-rows // (batch_size // 3 * 2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_classes_and_their_pairs_of_rows_are_uniform(layout):
+    """Of 6 classes of 3 rows: every ordered pair of rows equally often, within five standard deviations."""
+    labels = np.arange(6).repeat(3)
+    draws = 6000
+    batches = RoleBatches(labels, layout, ROWS_PER_TUPLE[layout], draws, seed=0)
+    roles = np.stack(list(batches.epoch(0))).T
+
+    def all_alike(outcomes, possible):
+        counts = [outcomes.count(outcome) for outcome in possible]
+        expected = draws / len(possible)
+        assert sum(counts) == draws
+        assert np.abs(np.array(counts) - expected).max() < 5 * np.sqrt(expected)
+
+    of_class = [itertools.permutations(range(3 * c, 3 * c + 3), 2) for c in range(6)]
+    all_alike(list(map(tuple, roles[:2].T.tolist())), [pair for pairs in of_class for pair in pairs])
+    if layout == "triplets":
+        all_alike(roles[2].tolist(), range(18))
 
 
 @pytest.mark.parametrize(
-    ("layout", "size", "message"),
+    ("layout", "batch_size", "message"),
     [
-        ("pairs", 26, "must be <= 24, got 26: its 13 pairs need 13 classes and the training set has 12"),
-        ("triplets", 21, "must be <= 18, got 21: its 7 triplets need 14 classes and the training set has 12"),
+        (
+            "pairs",
+            22,
+            "data.batch_size must be <= 20, got 22: its 11 pairs need 11 classes and the training set has 10",
+        ),
+        (
+            "triplets",
+            18,
+            "data.batch_size must be <= 15, got 18: its 6 triplets need 12 classes and the training set has 10",
+        ),
     ],
 )
-def test_too_few_classes(layout, size, message):
-    with pytest.raises(ConfigError, match=message):
-        batches(layout, size)
+def test_too_few_classes_are_refused(layout, batch_size, message):
+    with pytest.raises(ConfigError) as error:
+        RoleBatches(np.arange(10).repeat(4), layout, batch_size, 1, seed=0)
+    assert str(error.value) == message
 
 
-def test_tuples_that_do_not_share_out():
-    with pytest.raises(ConfigError, match="data.batch_size 12: 6 tuples do not share out over 4"):
-        batches("pairs", world=4)
+def test_as_many_classes_as_needed_will_do():
+    RoleBatches(np.arange(10).repeat(4), "pairs", 20, 1, seed=0)
+    RoleBatches(np.arange(10).repeat(4), "triplets", 15, 1, seed=0)
+
+
+def test_tuples_that_do_not_share_out_are_refused():
+    with pytest.raises(ConfigError) as error:
+        RoleBatches(np.arange(10).repeat(4), "pairs", 8, 1, seed=0, rank=0, world=3)
+    assert str(error.value) == (
+        "data.batch_size must make a multiple of 3 pairs, as many for each process, got 8, which makes 4"
+    )

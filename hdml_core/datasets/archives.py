@@ -118,8 +118,8 @@ def _stored(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bytes]
     else:
         with tarfile.open(path) as archive:
             for member in archive:
-                if _wanted(member.name, suffixes) and (file := archive.extractfile(member)):
-                    yield member.name, file.read()
+                if _wanted(member.name, suffixes) and (content := archive.extractfile(member)):
+                    yield member.name, content.read()
 
 
 def _wanted(name: str, suffixes: tuple[str, ...]) -> bool:

@@ -42,8 +42,8 @@ def read(config: DataConfig, root: Path) -> Source:
 
 def _arrays(place: Path) -> tuple[Float32[np.ndarray, "m v f"], Shaped[np.ndarray, " m"]]:
     try:
-        with np.load(place) as file:
-            features, labels = file["features"], file["labels"]
+        with place.open("rb") as file, np.load(file) as arrays:
+            features, labels = arrays["features"], arrays["labels"]
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{place} must be an .npz file with the arrays features and labels, got {error}") from error
     if features.ndim not in (2, 3) or features.dtype.kind not in "fiu" or 0 in features.shape:

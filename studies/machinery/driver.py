@@ -40,6 +40,9 @@ RAY_HABITS = {
 """Files of its own for every trial, other working folders, chatter: what a study does without."""
 
 
+FOLDERS: Mapping[Kind, str] = {"floor": "floor", "baseline": "baseline", "search": "trials"}
+
+
 @dataclass(frozen=True)
 class Places:
     """Where studies read and write."""
@@ -104,17 +107,18 @@ def run_study(study: Study, places: Places, fresh: bool = False) -> dict[Kind, L
             "baseline": lambda _: study.baseline_config(),
             "search": study.config,
         }
+        folder = places.out / study.name
         plan = [
             Series(
                 kind,
                 ledger,
                 study.trials if kind == "search" else 1,
                 study.goal,
-                jobs(kind, configs[kind], places, study.name, resources),
+                jobs(kind, configs[kind], places, folder / FOLDERS[kind], resources),
             )
             for kind, ledger in ledgers.items()
         ]
-        execute(plan, recorder, resources, places.out / study.name, study.hours)
+        execute(plan, recorder, resources, folder, study.hours)
     return ledgers
 
 
@@ -199,7 +203,7 @@ def start_ray(study: Study) -> Resources:
 
 
 def jobs(
-    kind: Kind, config: Callable[[Settings], Config], places: Places, study: str, resources: Resources
+    kind: Kind, config: Callable[[Settings], Config], places: Places, folder: Path, resources: Resources
 ) -> Callable[[Row], Job]:
     """What a row of the ledger has to run."""
     return lambda row: Job(
@@ -207,7 +211,7 @@ def jobs(
         row.number,
         to_settings(config(row.params)),
         places.root,
-        places.out / study / ("trials" if kind == "search" else kind) / trial_id(row.number),
+        folder / trial_id(row.number),
         resources.cpus,
         resources.gpus,
     )

@@ -79,6 +79,17 @@ def open_storage(url: str) -> RDBStorage:
         raise LedgerError(f"the ledger {_without_password(url)} can't be opened: {reason}") from error
 
 
+def existing(storage: RDBStorage, name: str) -> "Ledger":
+    """Open a study that has been run.
+
+    Raises LedgerError, with the names that there are, where it has not.
+    """
+    names = [known for known in optuna.get_all_study_names(storage) if "." not in known]
+    if name not in names:
+        raise LedgerError(f"no study {name!r} in the ledger: it has [{', '.join(sorted(names))}]")
+    return Ledger(storage, name, {})
+
+
 def set_aside(storage: RDBStorage, name: str, aside: str) -> None:
     """Rename a study of the ledger, and its siblings with it."""
     for old in optuna.get_all_study_names(storage):

@@ -54,7 +54,6 @@ TAG_DATA = "data_digest"
 TAG_RECIPE = "recipe"
 TAG_DEVICE = "device"
 TAG_HOST = "host"
-TAG_FROZEN_STUDY = "frozen_study"
 
 
 class Record(NamedTuple):

@@ -14,7 +14,7 @@ import mlflow
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE, MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 from hdml_core.config import ConfigError, Setting
 from studies.machinery.ledger import Row
@@ -96,7 +96,9 @@ class Recorder:
 
     def begin(self, kind: Kind, row: Row, settings: Mapping[str, Setting]) -> str:
         """Open the trial's run, a new one or the one that it had; return its id."""
-        left = self._left.pop((kind, trial_id(row.number)), None)
+        adopted = row.notes["attempts"] > 1
+        # A driver killed before it noted the run's id left the run RUNNING, under the trial's tags.
+        left = self._left.get((kind, trial_id(row.number))) if adopted else None
         run_id = row.notes.get("mlflow_run", left)
         if run_id is None:
             tags = {
@@ -106,15 +108,14 @@ class Recorder:
                 TAG_STATE: "RUNNING",
                 MLFLOW_PARENT_RUN_ID: self._parent,
             }
-            run = self._client.create_run(
-                self.experiment, _milliseconds(row), tags, run_name(kind, row.number, row.params)
-            )
+            name = run_name(kind, row.number, row.params)
+            run = self._client.create_run(self.experiment, _milliseconds(row), tags, name)
             params = [Param(name, str(value)) for name, value in settings.items()]
             self._client.log_batch(run.info.run_id, params=params)
         else:
             self._client.update_run(run_id, "RUNNING")
             run = self._client.get_run(run_id)
-        history = self._client.get_metric_history(run.info.run_id, SECONDS) if row.notes.get("attempts") != 1 else []
+        history = self._client.get_metric_history(run.info.run_id, SECONDS) if adopted else []
         self._recorded[run.info.run_id] = {point.step for point in history}
         self._live[kind, row.number] = run
         return str(run.info.run_id)
@@ -141,6 +142,13 @@ class Recorder:
         tags = [RunTag(TAG_STATE, state)] + ([RunTag(TAG_REASON, reason)] if reason else [])
         self._client.log_batch(run_id, tags=tags)
         self._client.set_terminated(run_id, RUN_STATUS[state])
+
+    def note(self, name: str, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+        """Record what is no trial, in a run of its own."""
+        run = self._client.create_run(self.experiment, None, {**tags, MLFLOW_PARENT_RUN_ID: self._parent}, name)
+        points = [Metric(key, value, run.info.start_time, 0) for key, value in metrics.items()]
+        self._client.log_batch(run.info.run_id, points)
+        self._client.set_terminated(run.info.run_id)
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,227 @@
+"""Laws over lists: what every metric loss and every extractor must fulfil. A new member is one line in its table.
+
+A law of a metric loss takes the loss; a law of an extractor takes a function that builds it from settings.
+"""
+
+from typing import get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hdml_core.metric_losses import MetricLoss
+from hdml_core.networks import EXTRACTORS
+from hdml_core.notation import Layout, Roles
+
+TUPLES = 5
+SIZE = 4
+ROWS_PER_TUPLE = {"pairs": 2, "triplets": 3}
+
+
+def draw_rows(loss: MetricLoss, seed: int = 0, size: int = SIZE) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(TUPLES * ROWS_PER_TUPLE[loss.layout], size, dtype=torch.float64, generator=random)
+
+
+def classes_of(loss: MetricLoss) -> torch.Tensor:
+    """The class of every row: role-major, the negatives of triplets from other classes."""
+    first = torch.arange(TUPLES)
+    return torch.cat([first, first] if loss.layout == "pairs" else [first, first, first + TUPLES])
+
+
+def synthetic_roles(loss: MetricLoss, seed: int = 1) -> Roles:
+    """Roles as a step's synthesis makes them: every anchor faces negatives of its own."""
+    roles = loss.roles(draw_rows(loss))
+    random = torch.Generator().manual_seed(seed)
+    shape = torch.broadcast_shapes(roles.anchor.shape, roles.negative.shape)
+    return roles._replace(negative=torch.randn(shape, dtype=torch.float64, generator=random))
+
+
+# Metric losses
+
+
+def is_a_metric_loss(loss):
+    assert isinstance(loss, MetricLoss)
+    assert loss.layout in get_args(Layout)
+    assert set(loss.soft_weights) == set(Roles._fields)
+    assert all(weight >= 0 for weight in loss.soft_weights.values())
+
+
+def is_a_scalar_and_not_negative(loss):
+    for seed in range(5):
+        value = loss(loss.roles(draw_rows(loss, seed)))
+        assert value.shape == ()
+        assert value >= 0
+
+
+def roles_are_never_tiled(loss):
+    rows = draw_rows(loss)
+    for role in loss.roles(rows):
+        assert role.untyped_storage().nbytes() <= rows.untyped_storage().nbytes()
+
+
+def anchors_and_negatives_are_views(loss):
+    rows = draw_rows(loss)
+    roles = loss.roles(rows)
+    for role in (roles.anchor, roles.negative):
+        assert role.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
+
+
+def roles_have_the_right_classes(loss):
+    roles = loss.roles(classes_of(loss)[:, None])
+    assert torch.equal(roles.anchor, roles.positive)
+    is_negative = loss.negative_mask(loss.roles(draw_rows(loss)))
+    assert torch.equal(is_negative, (roles.anchor != roles.negative).squeeze(-1))
+
+
+def an_anchor_is_never_its_own_positive(loss):
+    roles = loss.roles(torch.arange(len(draw_rows(loss)))[:, None])
+    assert (roles.anchor != roles.positive).all()
+
+
+def the_order_of_the_tuples_is_indifferent(loss):
+    rows = draw_rows(loss)
+    order = torch.randperm(TUPLES)
+    permuted = rows[torch.cat([order + block * TUPLES for block in range(ROWS_PER_TUPLE[loss.layout])])]
+    torch.testing.assert_close(loss(loss.roles(permuted)), loss(loss.roles(rows)))
+
+
+def a_rotation_is_indifferent(loss):
+    rows = draw_rows(loss)
+    rotation, _ = torch.linalg.qr(torch.randn(SIZE, SIZE, dtype=torch.float64))
+    torch.testing.assert_close(loss(loss.roles(rows @ rotation)), loss(loss.roles(rows)))
+
+
+def broadcast_negatives_equal_negatives_written_out(loss):
+    roles = loss.roles(draw_rows(loss))
+    shape = torch.broadcast_shapes(roles.anchor.shape, roles.negative.shape)
+    written_out = roles._replace(negative=roles.negative.expand(shape).clone())
+    torch.testing.assert_close(loss(written_out), loss(roles))
+
+
+def entries_of_the_own_class_count_for_nothing(loss):
+    roles = synthetic_roles(loss)
+    is_negative = loss.negative_mask(roles)[..., None]
+    others = torch.where(is_negative, roles.negative, 100 * torch.rand_like(roles.negative))
+    assert torch.equal(loss(roles._replace(negative=others)), loss(roles))
+
+
+def nearer_negatives_cost_more(loss):
+    roles = synthetic_roles(loss)
+    assert loss(roles._replace(negative=roles.anchor + 0.05 * (roles.negative - roles.anchor))) > loss(roles)
+
+
+def every_parameter_gets_a_gradient(loss):
+    # No bias in the last layer: a shift of all embeddings moves no distance.
+    network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, SIZE, bias=False)).double()
+    loss(loss.roles(network(draw_rows(loss, size=3)))).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 1e-6, name
+
+
+def gradients_are_finite_where_all_embeddings_coincide(loss):
+    rows = torch.ones_like(draw_rows(loss)).requires_grad_()
+    loss(loss.roles(rows)).backward()
+    assert rows.grad.isfinite().all()
+
+
+METRIC_LOSS_LAWS = (
+    is_a_metric_loss,
+    is_a_scalar_and_not_negative,
+    roles_are_never_tiled,
+    anchors_and_negatives_are_views,
+    roles_have_the_right_classes,
+    an_anchor_is_never_its_own_positive,
+    the_order_of_the_tuples_is_indifferent,
+    a_rotation_is_indifferent,
+    broadcast_negatives_equal_negatives_written_out,
+    entries_of_the_own_class_count_for_nothing,
+    nearer_negatives_cost_more,
+    every_parameter_gets_a_gradient,
+    gradients_are_finite_where_all_embeddings_coincide,
+)
+
+
+# Extractors
+
+PIXELS = 32
+
+
+def images_for(name):
+    return torch.randn(3, EXTRACTORS[name].channels, PIXELS, PIXELS)
+
+
+def batch_norms(extractor):
+    return [layer for layer in extractor.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+def gives_features_of_its_size(name, build, tmp_path):
+    extractor = build()
+    y = extractor(images_for(name))
+    assert y.shape == (3, extractor.feature_size) == (3, EXTRACTORS[name].feature_size)
+    assert y.isfinite().all()
+
+
+def every_parameter_of_it_learns(name, build, tmp_path):
+    extractor = build()
+    extractor(images_for(name)).square().sum().backward()
+    for parameter_name, parameter in extractor.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+
+
+def trained_batch_norm_follows_the_batches(name, build, tmp_path):
+    extractor = build(batch_norm="trained")
+    before = [layer.running_mean.clone() for layer in batch_norms(extractor)]
+    extractor(images_for(name))
+    assert all(layer.training for layer in batch_norms(extractor))
+    for layer, mean in zip(batch_norms(extractor), before, strict=True):
+        assert not torch.equal(layer.running_mean, mean)
+
+
+def frozen_batch_norm_stays(name, build, tmp_path):
+    for settings in ({"batch_norm": "frozen"}, {"frozen": True}):
+        extractor = build(**settings)
+        before = [{k: v.clone() for k, v in layer.state_dict().items()} for layer in batch_norms(extractor)]
+        learning = [parameter for parameter in extractor.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.SGD(learning, lr=0.1, weight_decay=0.1)
+        extractor.eval()
+        extractor.train()
+        extractor(images_for(name)).square().mean().backward()
+        optimiser.step()
+        assert extractor.training
+        for layer, state in zip(batch_norms(extractor), before, strict=True):
+            assert not layer.training
+            assert all(torch.equal(layer.state_dict()[k], v) for k, v in state.items())
+
+
+def evaluation_does_not_mix_the_rows(name, build, tmp_path):
+    extractor, images = build().eval(), images_for(name)
+    with torch.no_grad():
+        one_by_one = torch.cat([extractor(image[None]) for image in images])
+        torch.testing.assert_close(extractor(images), one_by_one, rtol=1e-3, atol=1e-4)
+
+
+def weights_come_back_from_a_file(name, build, tmp_path):
+    network = EXTRACTORS[name].build()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1)
+    path = tmp_path / "weights.safetensors"
+    save_file(network.state_dict(), path)
+    body = build(weights=str(path)).body
+    cut = EXTRACTORS[name].classifier
+    wanted = {k: v for k, v in network.state_dict().items() if not cut or not k.startswith(cut)}
+    assert body.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(body.state_dict()[k], v) for k, v in wanted.items())
+
+
+EXTRACTOR_LAWS = (
+    gives_features_of_its_size,
+    every_parameter_of_it_learns,
+    trained_batch_norm_follows_the_batches,
+    frozen_batch_norm_stays,
+    evaluation_does_not_mix_the_rows,
+    weights_come_back_from_a_file,
+)
