@@ -29,10 +29,10 @@ def classes_of(loss: MetricLoss) -> torch.Tensor:
     return torch.cat([first, first] if loss.layout == "pairs" else [first, first, first + TUPLES])
 
 
-def synthetic_roles(loss: MetricLoss, seed: int = 1) -> Roles:
+def synthetic_roles(loss: MetricLoss, seed: int = 0) -> Roles:
     """Roles as a step's synthesis makes them: every anchor faces negatives of its own."""
-    roles = loss.roles(draw_rows(loss))
-    random = torch.Generator().manual_seed(seed)
+    roles = loss.roles(draw_rows(loss, seed))
+    random = torch.Generator().manual_seed(seed + 1)
     shape = torch.broadcast_shapes(roles.anchor.shape, roles.negative.shape)
     return roles._replace(negative=torch.randn(shape, dtype=torch.float64, generator=random))
 

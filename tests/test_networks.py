@@ -1,132 +1,203 @@
-"""The networks have the shapes and starts that the legend says; frozen is frozen; unfit weights are named."""
+"""The extractors keep the laws, the other networks are the paper's, and weights fit or are refused by name."""
+
+import copy
+import math
 
 import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision.models._api import WeightsEnum
 
+from hdml_core import networks
 from hdml_core.config import ConfigError, NetworkConfig
 from hdml_core.networks import EXTRACTORS, build_extractor, build_networks, mix_precision
+from tests import conformance
+from tests.conformance import batch_norms, images_for
 
-WEIGHTS = "mobilenet_v2_imagenet_folded.fp16.safetensors"
+DRAWN = {}
 
 
+@pytest.fixture(autouse=True)
+def drawn_once(monkeypatch):
+    """Every test gets copies of networks drawn once: to draw GoogLeNet's weights takes seconds."""
+
+    def copied(name, build):
+        def build_copy():
+            if name not in DRAWN:
+                DRAWN[name] = build()
+            return copy.deepcopy(DRAWN[name])
+
+        return build_copy
+
+    for name, body in EXTRACTORS.items():
+        monkeypatch.setitem(networks.EXTRACTORS, name, body._replace(build=copied(name, body.build)))
+
+
+@pytest.mark.parametrize("law", conformance.EXTRACTOR_LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("name", EXTRACTORS)
-def test_an_extractor_gives_features_of_its_size(name):
-    body = EXTRACTORS[name]
-    extractor = build_extractor(NetworkConfig(extractor=name)).eval()
-    assert extractor(torch.zeros(2, body.channels, 64, 64)).shape == (2, body.feature_size)
-    assert extractor.feature_size == body.feature_size
+def test_law(name, law, tmp_path):
+    law(name, lambda **settings: build_extractor(NetworkConfig(extractor=name, **settings)), tmp_path)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_frozen_batch_norm_stays_as_it_is(frozen):
-    config = NetworkConfig(batch_norm="frozen" if frozen else "trained")
-    extractor = build_extractor(config)
-    before = {name: value.clone() for name, value in extractor.state_dict().items()}
-    extractor.train()
-    extractor(torch.randn(4, 1, 28, 28)).sum().backward()
-    norms = [layer for layer in extractor.modules() if isinstance(layer, nn.BatchNorm2d)]
-    assert all(layer.training != frozen for layer in norms)
-    assert all(layer.weight.requires_grad != frozen for layer in norms)
-    same = all(torch.equal(value, before[name]) for name, value in extractor.state_dict().items())
-    assert same == frozen
+# Embedder, generator, head
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_the_new_layers_start_as_the_authors_do(batch_norm):
-    torch.manual_seed(0)
-    config = NetworkConfig(embedding_size=32, generator_hidden=48, embedder_batch_norm=batch_norm)
-    networks = build_networks(config, num_classes=9, feature_size=20)
-    layers = [layer for layer in networks.modules() if isinstance(layer, nn.Linear)]
-    assert [(layer.in_features, layer.out_features) for layer in layers] == [(20, 32), (32, 48), (48, 20), (20, 9)]
-    for layer in layers:
-        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
-        assert 0.9 * bound < float(layer.weight.detach().abs().max()) <= bound
-        assert not layer.bias.any()
-    assert isinstance(networks.extractor, nn.Identity)
-    assert isinstance(networks.embedder, nn.Sequential) == batch_norm
+def linear_layers(built):
+    parts = (built.embedder, built.generator, built.head)
+    return [layer for part in parts for layer in part.modules() if isinstance(layer, nn.Linear)]
 
 
-def test_bfloat16_inside_float32_outside():
-    networks = build_networks(NetworkConfig(), num_classes=5, feature_size=16)
-    exact = networks.embedder(torch.ones(3, 16))
-    mix_precision(networks)
-    mixed = networks.embedder(torch.ones(3, 16))
+def test_shapes_on_features():
+    config = NetworkConfig(embedding_size=6, generator_hidden=10)
+    built = build_networks(config, num_classes=5, feature_size=8)
+    y = torch.randn(4, 8)
+    z = built.embedder(built.extractor(y))
+    assert built.extractor(y) is y
+    assert z.shape == (4, 6)
+    assert built.generator(z).shape == (4, 8)
+    assert built.head(y).shape == (4, 5)
+
+
+def test_shapes_on_images():
+    built = build_networks(NetworkConfig(embedding_size=6), num_classes=5, feature_size=None)
+    y = built.extractor(images_for("convnet"))
+    assert built.head(y).shape == (3, 5)
+    assert built.generator(built.embedder(y)).shape == y.shape == (3, 128)
+
+
+def test_the_generator_is_the_papers():
+    kinds = [type(layer) for layer in build_networks(NetworkConfig(), 5, 8).generator]
+    assert kinds == [nn.Linear, nn.ReLU, nn.BatchNorm1d, nn.Linear]
+
+
+def test_the_embedder_has_batch_norm_only_in_the_authors_network():
+    plain, authors = (
+        build_networks(NetworkConfig(embedder_batch_norm=chosen), 5, 8).embedder for chosen in (False, True)
+    )
+    assert isinstance(plain, nn.Linear)
+    assert [type(layer) for layer in authors] == [nn.BatchNorm1d, nn.Linear]
+
+
+def test_weights_are_glorot_uniform_and_biases_zero():
+    config = NetworkConfig(embedding_size=64, generator_hidden=128, embedder_batch_norm=True)
+    for layer in linear_layers(build_networks(config, num_classes=50, feature_size=100)):
+        bound = math.sqrt(6 / (layer.in_features + layer.out_features))
+        assert layer.weight.abs().max() <= bound
+        assert layer.weight.abs().max() > 0.99 * bound
+        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert (layer.bias == 0).all()
+
+
+def test_networks_are_drawn_from_the_global_generator():
+    torch.manual_seed(7)
+    first = build_networks(NetworkConfig(), 5, 8).state_dict()
+    torch.manual_seed(7)
+    again = build_networks(NetworkConfig(), 5, 8).state_dict()
+    other = build_networks(NetworkConfig(), 5, 8).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_mixed_precision_computes_in_bfloat16_and_hands_out_float32():
+    built = build_networks(NetworkConfig(), 5, 8)
+    y = torch.randn(16, 8)
+    exact = built.embedder(y)
+    mix_precision(built)
+    mixed = built.embedder(y)
     assert mixed.dtype == torch.float32
-    assert not torch.equal(mixed, exact)
+    assert torch.equal(mixed, mixed.bfloat16().float())
     torch.testing.assert_close(mixed, exact, rtol=0.05, atol=0.05)
+    mixed.sum().backward()
+    assert built.embedder.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.data
-def test_real_weights_are_loaded_as_they_are(shared):
-    path = shared / "weights" / WEIGHTS
-    extractor = build_extractor(NetworkConfig(extractor="mobilenet_v2", weights=str(path), frozen=True))
-    state = extractor.body.state_dict()
-    kept = {name: value for name, value in load_file(path).items() if not name.startswith("classifier")}
-    assert len(kept) > 200
-    assert all(torch.equal(state[name], value.float()) for name, value in kept.items())
+# Weights
 
 
-@pytest.mark.parametrize("name", ["googlenet", "resnet50"])
-def test_torchvisions_weights_by_name(name, monkeypatch):
-    whole = torchvision.models.get_model(name, weights=None, **({"init_weights": True} if name == "googlenet" else {}))
-    state = whole.state_dict()
-    kind = torchvision.models.get_model_weights(name)
-    monkeypatch.setattr(kind, "get_state_dict", lambda *_, **__: state)
-    extractor = build_extractor(NetworkConfig(extractor=name, weights="IMAGENET1K_V1"))
-    assert torch.equal(next(extractor.body.parameters()), next(whole.parameters()))
+def refusal(extractor, weights):
+    with pytest.raises(ConfigError) as error:
+        build_extractor(NetworkConfig(extractor=extractor, weights=str(weights)))
+    return str(error.value)
 
 
-@pytest.fixture
-def convnet_state():
-    return EXTRACTORS["convnet"].build().state_dict()
+def test_a_missing_file_is_named(tmp_path):
+    path = tmp_path / "absent.safetensors"
+    assert refusal("mobilenet_v2", path) == f"network.weights '{path}': no such file"
 
 
-def loading(tmp_path, state, extractor="convnet"):
-    save_file(state, tmp_path / "w.safetensors")
-    return build_extractor(NetworkConfig(extractor=extractor, weights=str(tmp_path / "w.safetensors")))
-
-
-def test_weights_round_trip(tmp_path, convnet_state):
-    loaded = loading(tmp_path, convnet_state).body.state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in convnet_state.items())
-
-
-def test_missing_unknown_and_misshapen_entries_are_counted(tmp_path, convnet_state):
-    del convnet_state["0.weight"]
-    convnet_state["9.weight"] = torch.zeros(3)
-    convnet_state["surplus"] = torch.zeros(3)
-    message = "does not fit convnet: 1 entries missing, 1 unknown, 1 of another shape; the first is 0.weight"
-    with pytest.raises(ConfigError, match=message):
-        loading(tmp_path, convnet_state)
-
-
-def test_weights_of_another_network(tmp_path, convnet_state):
-    with pytest.raises(ConfigError, match="does not fit mobilenet_v2"):
-        loading(tmp_path, convnet_state, "mobilenet_v2")
-
-
-def test_a_truncated_file(tmp_path, convnet_state):
-    path = tmp_path / "w.safetensors"
-    save_file(convnet_state, path)
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ConfigError, match="is not a whole safetensors file"):
-        build_extractor(NetworkConfig(weights=str(path)))
+@pytest.mark.parametrize("size", [0, 5, 100, 5000])
+def test_a_truncated_file_is_named(tmp_path, size):
+    path = tmp_path / "cut.safetensors"
+    save_file(EXTRACTORS["convnet"].build().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:size])
+    assert refusal("convnet", path).startswith(f"network.weights '{path}' is not a whole safetensors file: ")
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("change", "message"),
     [
-        (NetworkConfig(weights="absent.safetensors"), "network.weights 'absent.safetensors': no such file"),
-        (NetworkConfig(weights="IMAGENET1K_V1"), "convnet has no torchvision weights; give a .safetensors path"),
-        (
-            NetworkConfig(extractor="resnet50", weights="IMAGENET"),
-            "must be a path ending in .safetensors or one of IMAGENET1K_V1, IMAGENET1K_V2",
-        ),
+        ({"0.weight": None, "1.bias": None}, "2 entries missing, 0 unknown, 0 of another shape; the first is 0.weight"),
+        ({"fc.weight": torch.ones(2)}, "0 entries missing, 1 unknown, 0 of another shape; the first is fc.weight"),
+        ({"1.bias": torch.ones(3)}, "0 entries missing, 0 unknown, 1 of another shape; the first is 1.bias (3,)"),
     ],
 )
-def test_weights_that_are_not_there(config, message):
-    with pytest.raises(ConfigError, match=message):
-        build_extractor(config)
+def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
+    state = EXTRACTORS["convnet"].build().state_dict() | change
+    path = tmp_path / "misfit.safetensors"
+    save_file({name: value for name, value in state.items() if value is not None}, path)
+    assert refusal("convnet", path) == f"network.weights '{path}' does not fit convnet: {message}"
+
+
+def test_counts_of_batches_may_be_left_out(tmp_path):
+    state = EXTRACTORS["convnet"].build().state_dict()
+    path = tmp_path / "weights.safetensors"
+    save_file({name: value for name, value in state.items() if "num_batches" not in name}, path)
+    loaded = build_extractor(NetworkConfig(weights=str(path))).body.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("extractor", "known"),
+    [("resnet50", "IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"), ("googlenet", "IMAGENET1K_V1, DEFAULT")],
+)
+@pytest.mark.parametrize("weights", ["IMAGENET1K_V9", "model.pth"])
+def test_an_unknown_name_is_refused_with_the_known_ones(extractor, known, weights):
+    message = f"network.weights '{weights}' must be a path ending in .safetensors or one of {known}"
+    assert refusal(extractor, weights) == message
+
+
+def test_convnet_has_no_torchvision_weights():
+    assert refusal("convnet", "IMAGENET1K_V1") == (
+        "network.weights 'IMAGENET1K_V1': convnet has no torchvision weights; give a .safetensors path or nothing"
+    )
+
+
+@pytest.mark.parametrize("name", ["googlenet", "resnet50"])
+def test_torchvisions_weights_give_torchvisions_features(name, monkeypatch):
+    """The download is replaced by random weights with all that torchvision's files hold."""
+    parts = {"aux_logits": True, "init_weights": False} if name == "googlenet" else {}
+    published = getattr(torchvision.models, name)(weights=None, **parts).state_dict()
+    assert any(entry.startswith("aux") for entry in published) == (name == "googlenet")
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, progress, check_hash: published)
+
+    ours = build_extractor(NetworkConfig(extractor=name, weights="IMAGENET1K_V1")).eval()
+    theirs = getattr(torchvision.models, name)(weights="IMAGENET1K_V1")
+    theirs.fc = nn.Identity()
+    images = images_for(name)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs.eval()(images))
+
+
+@pytest.mark.data
+def test_published_mobilenet_weights_are_those_of_the_file(shared):
+    path = shared / "weights" / "mobilenet_v2_imagenet_folded.fp16.safetensors"
+    extractor = build_extractor(NetworkConfig(extractor="mobilenet_v2", weights=str(path), frozen=True))
+    loaded = extractor.body.state_dict()
+    in_file = {name: value for name, value in load_file(path).items() if not name.startswith("classifier")}
+    assert {name for name in loaded if not name.endswith("num_batches_tracked")} == in_file.keys()
+    for name, value in in_file.items():
+        assert loaded[name].dtype == torch.float32
+        assert torch.equal(loaded[name], value.float())
+    assert not any(layer.training for layer in batch_norms(extractor))

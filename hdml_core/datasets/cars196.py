@@ -65,5 +65,14 @@ def _classes(table: Path, column: str) -> dict[str, str]:
         annotations: Any = loadmat(table, squeeze_me=True)["annotations"]
         names, classes = annotations[column].tolist(), annotations["class"].tolist()
         return {PurePosixPath(name).name: f"{int(number):03d}" for name, number in zip(names, classes, strict=True)}
-    except (MatReadError, OSError, ValueError, TypeError, KeyError, IndexError, NotImplementedError, zlib.error) as error:
+    except (
+        MatReadError,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        NotImplementedError,
+        zlib.error,
+    ) as error:
         raise DataError(f"{table} must be a .mat file with annotations, got {error!r}: fetch it again") from error

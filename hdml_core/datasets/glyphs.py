@@ -1,6 +1,6 @@
 """Glyphs: Unicode characters drawn from the fonts that matplotlib brings along; no download.
 
-The classes are characters whose shapes stay apart in every font, also when stretched to one height and width: one A
+The classes are characters whose shapes stay apart in all upright fonts, even stretched to one height and width: one A
 stands for the Latin, the Greek and the Cyrillic letter. The instances are fonts and affine changes, drawn in whole
 numbers, so that the same matplotlib and Pillow draw the same bytes on every machine.
 """

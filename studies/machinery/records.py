@@ -83,13 +83,16 @@ def training_metrics(report: "EpochReport") -> dict[str, float]:
 
 
 def hardness_trace(report: "EpochReport", epochs: int) -> dict[str, tuple[tuple[int, float], ...]]:
-    """Name an epoch's hardness by step, thinned so that `epochs` such epochs keep within TRACE_POINTS."""
+    """Name an epoch's hardness by step, thinned so that `epochs` such epochs keep within TRACE_POINTS.
+
+    An average is infinite until its first window closes; there is nothing to plot of it before.
+    """
     points = {}
     for name, values in report.trace.items():
         first = report.step - len(values)
         every = math.ceil(len(values) * epochs / TRACE_POINTS)
         points[f"{HARDNESS}/{name}"] = tuple(
-            (first + i + 1, value) for i, value in enumerate(values) if (first + i) % every == 0
+            (first + i + 1, value) for i, value in enumerate(values) if (first + i) % every == 0 and value != math.inf
         )
     return points
 

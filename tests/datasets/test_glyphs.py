@@ -9,7 +9,7 @@ from hdml_core.datasets import load
 from hdml_core.datasets.glyphs import CHARACTERS, FONTS, INSTANCES, draw, fonts_with, load_font
 
 # Of the pinned matplotlib, which has the fonts, and the pinned Pillow, which has FreeType.
-DIGEST = "05e9c8ef03ba64e6aca75e8b61c8c0bfccee6c6b09aebadef9e39e7b47a85235"
+DIGEST = "df5af4926869d5c8beab68294425b3b57ef66a1960108a740f4140abbf246a80"
 
 UPRIGHT = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral", "DejaVuSans-Bold", "DejaVuSerif-Bold")
 SIDE, MARGIN = 32, 2
