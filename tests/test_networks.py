@@ -14,7 +14,7 @@ from hdml_core import networks
 from hdml_core.config import ConfigError, NetworkConfig
 from hdml_core.networks import EXTRACTORS, build_extractor, build_networks, mix_precision
 from tests import conformance
-from tests.conformance import batch_norms, images_for
+from tests.conformance import batch_norms, images_for, states_of_batch_norms
 
 DRAWN = {}
 
@@ -37,8 +37,20 @@ def drawn_once(monkeypatch):
 
 @pytest.mark.parametrize("law", conformance.EXTRACTOR_LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("name", EXTRACTORS)
-def test_law(name, law, tmp_path):
-    law(name, lambda **settings: build_extractor(NetworkConfig(extractor=name, **settings)), tmp_path)
+def test_law(name, law):
+    law(name, lambda **settings: build_extractor(NetworkConfig(extractor=name, **settings)))
+
+
+def test_frozen_batch_norm_stays_through_a_training_step():
+    extractor = build_extractor(NetworkConfig(batch_norm="frozen"))
+    before = states_of_batch_norms(extractor)
+    learning = [parameter for parameter in extractor.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.SGD(learning, lr=0.1, weight_decay=0.1)
+    first = extractor.body[0].weight.clone()
+    extractor(images_for("convnet")).sum().backward()
+    optimiser.step()
+    assert not torch.equal(extractor.body[0].weight, first)
+    assert all(torch.equal(value, was) for value, was in zip(states_of_batch_norms(extractor), before, strict=True))
 
 
 # Embedder, generator, head
@@ -183,11 +195,11 @@ def test_torchvisions_weights_give_torchvisions_features(name, monkeypatch):
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, progress, check_hash: published)
 
     ours = build_extractor(NetworkConfig(extractor=name, weights="IMAGENET1K_V1")).eval()
-    theirs = getattr(torchvision.models, name)(weights="IMAGENET1K_V1")
+    theirs = getattr(torchvision.models, name)(weights="IMAGENET1K_V1").eval()
     theirs.fc = nn.Identity()
     images = images_for(name)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(images), theirs.eval()(images))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(images), theirs(images))
 
 
 @pytest.mark.data

@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ray import cloudpickle
 from ray.exceptions import RayTaskError
 from ray.tune import Stopper
 from ray.tune.experiment import Trial
@@ -107,7 +109,7 @@ class LedgerScheduler(Stateless, FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Fail a trial that raised, or whose worker died, with the reason."""
-        self._end(trial, "FAIL", None, reason=_reason(trial.get_pickled_error()))
+        self._end(trial, "FAIL", None, reason=_reason(trial))
 
     def _end(self, trial: Trial, state: State, value: float | None, **notes: Any) -> None:
         job, ledger = self._of(trial)
@@ -134,7 +136,10 @@ class Interrupt(Stateless, Stopper):  # type: ignore[misc]
         return self.event.is_set()
 
 
-def _reason(error: Exception | None) -> str:
+def _reason(trial: Trial) -> str:
+    """What the trial raised, or what became of its worker, in a line."""
+    with Path(trial.pickled_error_file).open("rb") as file:
+        error = cloudpickle.load(file)
     cause = error.cause if isinstance(error, RayTaskError) else error
-    text = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {text[-1] if text else ''}"
+    lines = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {lines[0]}"

@@ -1,5 +1,8 @@
 """Ledgers and trackers in a temporary folder, and one Ray for all tests that need it in their own process."""
 
+import gc
+import warnings
+
 import mlflow
 import pytest
 import ray
@@ -38,3 +41,7 @@ def local_ray():
     start_ray(Study("toy", "Why?", {}))
     yield
     ray.shutdown()
+    with warnings.catch_warnings():
+        # Ray does not close the log files of the processes that it started.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()

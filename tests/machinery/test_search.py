@@ -40,8 +40,8 @@ def test_pruning_acts_and_is_told(tmp_path):
 
 
 def test_a_trial_that_raises_fails_with_its_reason_and_the_study_goes_on(tmp_path):
-    rows = run_toy(tmp_path, 8, fails_above=0.5).rows()
-    assert len(rows) == 8
+    rows = run_toy(tmp_path, 4, fails_above=0.5).rows()
+    assert len(rows) == 4
     for row in rows:
         failed = row.params["x"] > 0.5
         assert row.state == ("FAIL" if failed else "COMPLETE")
