@@ -1,10 +1,17 @@
-"""Retrieval quality of embeddings: Recall@K, MAP@R, R-precision, NMI and F1.
+"""How well embeddings retrieve their class: Recall@K, MAP@R and R-precision; NMI and F1 of a clustering.
 
-The protocol is the authors': embeddings in inference mode, L2-normalised for evaluation only, the query itself never
-among its neighbours. All of it is exact and runs on the tensor's device; similarities are computed for a tile of
-queries at a time, so memory stays fixed however many rows there are. Neighbours of equal similarity rank by row.
+Rows are compared on the unit sphere, where the largest inner product is the smallest Euclidean distance. Neighbours
+are exact: the components of the unit rows are rounded to multiples of 2^-26, about what float32 resolves, and
+multiplied in float64. Every product and every partial sum is then a multiple of 2^-52 below 2, which float64 holds
+without rounding, so a similarity is the same number in whatever order a device sums it: equal rows tie exactly,
+and neither the tile nor the device has a say in the ranking. Ties go to the lower row.
 """
 
+import math
+import statistics
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -12,166 +19,202 @@ from torch.nn import functional as F
 
 from hdml_core.notation import RetrievalReport
 
-TILE_ENTRIES = 1 << 24
-"""Entries of a tile of similarities: 64 MiB in float32."""
-LLOYD_STEPS = 300
-"""At most so many steps of k-means; it stops where no row changes its cluster."""
+TILE = 2**23
+"""Entries of a similarity matrix that are held at once, 64 MiB in float64; neighbours do not depend on it."""
+
+LLOYD_STEPS = 100
+"""k-means stops when no row changes its cluster, and after as many steps in any case."""
 
 
+@torch.no_grad()
 def evaluate_retrieval(
-    z: Float[Tensor, "m d"], labels: Int[Tensor, " m"], ks: tuple[int, ...], clusterings: int, seed: int
+    z: Float[Tensor, "m d"], labels: Int[Tensor, " n"], ks: tuple[int, ...], clusterings: int, seed: int
 ) -> RetrievalReport:
-    """Return every retrieval metric of the embeddings z.
+    """Measure how well the rows of `z`, each a query to all the others, retrieve their class.
 
-    Recall@K for each K of `ks`; MAP@R and R-precision (Musgrave et al. 2020), R being the number of other rows of the
-    query's class; NMI and F1 of `clusterings` runs of k-means with as many clusters as there are classes, their means
-    and standard deviations. Raises ValueError where z is not finite or has a zero row, a class has one row, or a K
-    exceeds the m - 1 neighbours.
+    With R the number of other rows of a query's class, and P(i) the share of its class among its i nearest:
+
+        Recall@K     whether any of the K nearest is of its class
+        R-precision  P(R)
+        MAP@R        1/R sum over those i <= R whose row is of its class of P(i)
+
+    each a mean over the queries (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020). NMI and F1
+    compare the classes with `clusterings` runs of k-means of as many clusters; their mean and their population
+    standard deviation are reported. Labels may be any whole numbers.
+
+    Raises ValueError where `z` has rows that are zero or not finite, `labels` is not one per row, a class has a single
+    row, a K is not in [1, m - 1], or there is no clustering to do.
     """
-    _check(z, labels, ks)
-    z = F.normalize(z, dim=1)
-    hits, relevant = neighbour_hits(z, labels, max(ks))
-    recall_at = {k: float(hits[:, :k].any(1).double().mean()) for k in ks}
+    if len(labels) != len(z):
+        raise ValueError(f"labels must be one per row of z, got {len(labels)} for {len(z)} rows")
+    unit = _unit_rows(z)
+    classes, of_class, sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+    if single := classes[sizes == 1].tolist():
+        raise ValueError(f"labels must name every class twice or more, got {len(single)} with one row: {single[:10]}")
+    if not ks or not all(1 <= k < len(z) for k in ks):
+        raise ValueError(f"ks must be in [1, rows - 1 = {len(z) - 1}], got {ks}")
+    if clusterings < 1:
+        raise ValueError(f"clusterings must be >= 1, got {clusterings}")
 
-    rank = torch.arange(1, hits.shape[1] + 1, device=z.device)
-    within_r = hits & (rank <= relevant[:, None])
-    precision = within_r.cumsum(1).double() / rank
-    r_precision = float((within_r.sum(1).double() / relevant).mean())
-    map_at_r = float(((precision * within_r).sum(1) / relevant).mean())
-
-    classes = int(labels.unique().numel())
-    assignments = [kmeans(z, classes, seed + run) for run in range(clusterings)]
-    nmis = torch.tensor([nmi(assignment, labels) for assignment in assignments], dtype=torch.float64)
-    f1s = torch.tensor([pair_f1(assignment, labels) for assignment in assignments], dtype=torch.float64)
+    found, average_precision, r_precision = map(torch.cat, zip(*_score_queries(unit, of_class, sizes, ks), strict=True))
+    runs = kmeans(unit.to(torch.promote_types(z.dtype, torch.float32)), len(sizes), clusterings, seed)
+    nmis, f1s = [nmi(run, of_class) for run in runs], [pair_f1(run, of_class) for run in runs]
     return RetrievalReport(
-        recall_at=recall_at,
-        map_at_r=map_at_r,
-        r_precision=r_precision,
-        nmi=float(nmis.mean()),
-        nmi_std=float(nmis.std(correction=0)),
-        f1=float(f1s.mean()),
-        f1_std=float(f1s.std(correction=0)),
+        recall_at=dict(zip(ks, found.double().mean(0).tolist(), strict=True)),
+        map_at_r=average_precision.mean().item(),
+        r_precision=r_precision.mean().item(),
+        nmi=statistics.fmean(nmis),
+        nmi_std=statistics.pstdev(nmis),
+        f1=statistics.fmean(f1s),
+        f1_std=statistics.pstdev(f1s),
     )
 
 
-def neighbour_hits(
-    z: Float[Tensor, "m d"], labels: Int[Tensor, " m"], k: int
-) -> tuple[Bool[Tensor, "m ranks"], Int[Tensor, " m"]]:
-    """Return which of each row's nearest others, by inner product, share its class, and how many others do in all.
-
-    As many ranks are returned as `k` or the largest class asks for, whichever is more.
-    """
-    m = len(z)
-    relevant = torch.bincount(labels)[labels] - 1
-    ranks = max(k, int(relevant.max()))
-    hits = torch.empty(m, ranks, dtype=torch.bool, device=z.device)
-    for queries in torch.arange(m, device=z.device).split(max(1, TILE_ENTRIES // m)):
-        similarity = z[queries] @ z.T
-        similarity[torch.arange(len(queries), device=z.device), queries] = -torch.inf
-        nearest = _stable_topk(similarity, ranks)
-        hits[queries] = labels[nearest] == labels[queries, None]
-    return hits, relevant
+def _unit_rows(z: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+    norms = torch.linalg.vector_norm(z, dim=1, keepdim=True, dtype=torch.float64)
+    if bad := int((~norms.isfinite()).sum()):
+        raise ValueError(f"z must be finite, got {bad} of {len(z)} rows that are not")
+    if zero := int((norms == 0).sum()):
+        raise ValueError(f"z must have no zero row, which has no direction, got {zero} of {len(z)} rows")
+    return (z / norms).mul_(2**26).round_().mul_(2**-26)
 
 
-def _stable_topk(similarity: Float[Tensor, "q m"], ranks: int) -> Int[Tensor, "q ranks"]:
-    """Return the columns of the `ranks` largest entries of each row, largest first, equals by column.
-
-    Everything above the last value that is in is in; of those that equal it, the first columns fill what is left.
-    """
-    values, columns = similarity.topk(ranks, dim=1)
-    last = values[:, -1:]
-    ties = (similarity == last).sum(1) > (values == last).sum(1)
-    for row in ties.nonzero().flatten():
-        columns[row] = similarity[row].sort(descending=True, stable=True).indices[:ranks]
-        values[row] = similarity[row, columns[row]]
-    by_column = columns.argsort(dim=1)
-    columns, values = columns.gather(1, by_column), values.gather(1, by_column)
-    return columns.gather(1, values.argsort(dim=1, descending=True, stable=True))
-
-
-def kmeans(z: Float[Tensor, "m d"], clusters: int, seed: int) -> Int[Tensor, " m"]:
-    """Return a cluster for each row: k-means++ (Arthur and Vassilvitskii 2007), then Lloyd's steps until none moves.
-
-    A cluster that runs empty takes the row farthest from its own centre. Draws come from a CPU generator, so they do
-    not depend on the device.
-    """
-    random = torch.Generator().manual_seed(seed)
-    centres = _plus_plus(z, clusters, random)
-    squares = z.square().sum(1)
-    assignment = torch.full((len(z),), -1, device=z.device)
-    for _ in range(LLOYD_STEPS):
-        distance = squares[:, None] - 2 * z @ centres.T + centres.square().sum(1)
-        nearest, moved_to = distance.min(1)
-        counts = torch.bincount(moved_to, minlength=clusters)
-        for empty in (counts == 0).nonzero().flatten():
-            farthest = nearest.argmax()
-            nearest[farthest] = -torch.inf
-            moved_to[farthest] = empty
-        if torch.equal(moved_to, assignment):
-            break
-        assignment = moved_to
-        counts = torch.bincount(assignment, minlength=clusters).clamp(min=1)
-        centres = torch.zeros_like(centres).index_add_(0, assignment, z) / counts[:, None]
-    return assignment
+def _score_queries(
+    unit: Float[Tensor, "m d"], labels: Int[Tensor, " m"], sizes: Int[Tensor, " k"], ks: tuple[int, ...]
+) -> Iterator[tuple[Bool[Tensor, "t q"], Float[Tensor, " t"], Float[Tensor, " t"]]]:
+    """Yield, tile by tile, whether each query is found at each K, its average precision at R and its R-precision."""
+    r = sizes[labels] - 1
+    deepest = max(*ks, int(r.max()))
+    rank = torch.arange(1, deepest + 1, device=unit.device, dtype=torch.float64)
+    for tile in _tiles(len(unit), len(unit)):
+        similarity = unit[tile] @ unit.T
+        similarity.diagonal(tile.start).fill_(-math.inf)  # the query itself
+        hits = labels[_nearest(similarity, deepest)] == labels[tile, None]
+        hits_so_far = hits.cumsum(1)
+        relevant = hits & (rank <= r[tile, None])
+        precision = (hits_so_far / rank * relevant).sum(1)
+        yield hits_so_far[:, [k - 1 for k in ks]] > 0, precision / r[tile], relevant.sum(1).double() / r[tile]
 
 
-def _plus_plus(z: Float[Tensor, "m d"], clusters: int, random: torch.Generator) -> Float[Tensor, "k d"]:
-    """Return centres drawn one after the other, each row with odds of its squared distance to those drawn before."""
-    squares = z.square().sum(1)
-    chosen = [int(torch.randint(len(z), (1,), generator=random))]
-    distance = torch.full_like(squares, torch.inf)
-    for _ in range(clusters - 1):
-        centre = z[chosen[-1]]
-        distance = torch.minimum(distance, (squares - 2 * (z @ centre) + centre @ centre).clamp(min=0))
-        odds = distance.double().cumsum(0).cpu()
-        point = float(torch.rand(1, generator=random, dtype=torch.float64)) * float(odds[-1])
-        chosen.append(min(int(torch.searchsorted(odds, point, right=True)), len(z) - 1))
-    return z[chosen].clone()
+def _tiles(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, TILE // width)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _nearest(similarity: Float[Tensor, "t m"], count: int) -> Int[Tensor, "t {count}"]:
+    """Return the columns of the `count` largest entries of each row, in order; of equals the lower column first."""
+    largest, columns = similarity.topk(count + 1)
+    # topk leaves open which of equals it takes and in what order; few rows have any.
+    tied = (largest[:, 1:] == largest[:, :-1]).any(1)
+    columns[tied] = similarity[tied].argsort(dim=1, descending=True, stable=True)[:, : count + 1]
+    return columns[:, :count]
 
 
 def nmi(assignment: Int[Tensor, " m"], labels: Int[Tensor, " m"]) -> float:
-    """Return normalised mutual information, 2 I(C; L) / (H(C) + H(L)); 1 where both are a single block."""
-    joint = _contingency(assignment, labels).double() / len(labels)
-    by_cluster, by_class = joint.sum(1), joint.sum(0)
-    entropies = _entropy(by_cluster) + _entropy(by_class)
-    if entropies == 0:
+    """Return the normalised mutual information 2 I(C; L) / (H(C) + H(L)) of clusters and classes, in [0, 1].
+
+    I(C; L) = H(C) + H(L) - H(C, L). It is 1 where there is one cluster and one class: the partitions are the same.
+    """
+    clusters, classes, cells = (_entropy(counts) for counts in _contingency(assignment, labels))
+    if clusters + classes == 0:
         return 1.0
-    return float(2 * (entropies - _entropy(joint.flatten())) / entropies)
-
-
-def _entropy(p: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    return -torch.special.xlogy(p, p).sum()
+    return max(0.0, 2 - 2 * cells / (clusters + classes))  # rounding may leave independent ones at -1e-16
 
 
 def pair_f1(assignment: Int[Tensor, " m"], labels: Int[Tensor, " m"]) -> float:
-    """Return the F1 over pairs of rows: finds are pairs of one cluster, hits those of one class too; 0 without hits."""
-    joint = _contingency(assignment, labels)
-    pairs, in_cluster, in_class = (
-        float((counts * (counts - 1)).sum()) / 2 for counts in (joint, joint.sum(1), joint.sum(0))
-    )
-    return 2 * pairs / (in_cluster + in_class) if pairs else 0.0
+    """Return the F1 of the pairs of rows that clusters put together, against those that classes do, in [0, 1].
+
+    Precision is TP / pairs within clusters, recall TP / pairs within classes, TP = sum over (cluster, class) of
+    C(n, 2); 0 where there is none.
+    """
+    clusters, classes, cells = (int((n * (n - 1) // 2).sum()) for n in _contingency(assignment, labels))
+    return 2 * cells / (clusters + classes) if cells else 0.0
 
 
-def _contingency(assignment: Int[Tensor, " m"], labels: Int[Tensor, " m"]) -> Int[Tensor, "clusters classes"]:
-    """Return how many rows of each class each cluster holds."""
-    clusters, classes = int(assignment.max()) + 1, int(labels.max()) + 1
-    return torch.bincount(assignment * classes + labels, minlength=clusters * classes).view(clusters, classes)
+def _contingency(
+    assignment: Int[Tensor, " m"], labels: Int[Tensor, " m"]
+) -> tuple[Int[Tensor, " a"], Int[Tensor, " b"], Int[Tensor, " c"]]:
+    """Return the sizes of the clusters, of the classes, and of the cells of both that are not empty."""
+    cell = assignment * (labels.max() + 1) + labels
+    clusters, classes, cells = (torch.unique(part, return_counts=True)[1] for part in (assignment, labels, cell))
+    return clusters, classes, cells
 
 
-def _check(z: Float[Tensor, "m d"], labels: Int[Tensor, " m"], ks: tuple[int, ...]) -> None:
-    bad = int((~z.isfinite().all(1)).sum())
-    if bad:
-        raise ValueError(f"embeddings must be finite, got {bad} of {len(z)} rows with NaN or infinity")
-    zero = int((z == 0).all(1).sum())
-    if zero:
-        raise ValueError(f"embeddings must not be zero, since they are normalised, got {zero} of {len(z)} rows")
-    counts = torch.bincount(labels)
-    alone = (counts == 1).nonzero().flatten().tolist()
-    if alone:
-        raise ValueError(
-            f"every class must have 2 rows or more, got one in class {alone[0]} ({len(alone)} such classes)"
-        )
-    if max(ks) > len(z) - 1:
-        raise ValueError(
-            f"K of Recall@K must be <= {len(z) - 1}, the neighbours of each of {len(z)} rows, got {max(ks)}"
-        )
+def _entropy(counts: Int[Tensor, " k"]) -> float:
+    share = counts.sort().values / counts.sum(dtype=torch.float64)  # sorted: equal sizes, bitwise equal entropies
+    return -float((share * share.log()).sum())
+
+
+@torch.no_grad()
+def kmeans(z: Float[Tensor, "m d"], k: int, runs: int, seed: int) -> Int[Tensor, "{runs} m"]:
+    """Cluster the rows of `z` into `k`, `runs` times from different starts, and return each run's assignment.
+
+    Lloyd's algorithm from a greedy k-means++ start (Arthur and Vassilvitskii, "k-means++", SODA 2007), to the end or
+    LLOYD_STEPS, all runs at once. A row as near to two centres goes to the lower cluster. A cluster that empties
+    starts again at the row farthest from its own centre; several take the next farthest, in order. Where `z` has fewer
+    than `k` distinct rows, clusters stay empty. The same seed gives the same assignment on the same device.
+    """
+    z = (z - z.mean(0, dtype=torch.float64)).to(z.dtype)  # distances by inner products lose less near the origin
+    centres = z[_spread_rows(z, k, runs, seed)]
+    assignment = _nearest_centre(z, centres)
+    for _ in range(LLOYD_STEPS):
+        centres = _means(z, assignment, k)
+        previous, assignment = assignment, _nearest_centre(z, centres)
+        if assignment.equal(previous):
+            break
+    return assignment
+
+
+def _spread_rows(z: Float[Tensor, "m d"], k: int, runs: int, seed: int) -> Int[Tensor, "{runs} {k}"]:
+    """Draw rows by k-means++: each in proportion to its squared distance from those before, the best of a few draws."""
+    m, trials = len(z), 2 + int(math.log(k))
+    draws = torch.from_numpy(np.random.default_rng(seed).random((runs, k, trials))).to(z.device)
+    norms = z.square().sum(1)
+    each_run = torch.arange(runs, device=z.device)
+    chosen = [(draws[:, 0, 0] * m).long()]
+    d2 = _squared_distances(z, norms, chosen[0])
+    for step in range(1, k):
+        cumulative = d2.cumsum(1, dtype=torch.float64)
+        # Where all rows lie on a centre already there is nothing to draw from: the last row will do.
+        drawn = torch.searchsorted(cumulative, draws[:, step] * cumulative[:, -1:], right=True).clamp_max(m - 1)
+        closer = torch.minimum(d2[:, None], _squared_distances(z, norms, drawn))
+        best = closer.sum(2).argmin(1)
+        d2 = closer[each_run, best]
+        chosen.append(drawn[each_run, best])
+    return torch.stack(chosen, dim=1)
+
+
+def _squared_distances(
+    z: Float[Tensor, "m d"], norms: Float[Tensor, " m"], rows: Int[Tensor, "*r"]
+) -> Float[Tensor, "*r m"]:
+    flat = rows.flatten()
+    d2 = torch.addmm(norms + norms[flat, None], z[flat], z.T, alpha=-2).clamp_min_(0)
+    return d2.view(*rows.shape, len(z))
+
+
+def _nearest_centre(z: Float[Tensor, "m d"], centres: Float[Tensor, "runs k d"]) -> Int[Tensor, "runs m"]:
+    runs, k, _ = centres.shape
+    flat = centres.flatten(0, 1)
+    half_norms = flat.square().sum(1) / 2
+    return torch.cat(
+        [
+            torch.addmm(half_norms, z[tile], flat.T, beta=-1).view(-1, runs, k).argmax(2)
+            for tile in _tiles(len(z), len(flat))
+        ]
+    ).T.contiguous()
+
+
+def _means(z: Float[Tensor, "m d"], assignment: Int[Tensor, "runs m"], k: int) -> Float[Tensor, "runs {k} d"]:
+    """Return the mean of each cluster; of an empty one, a row far from its centre."""
+    runs, m = assignment.shape
+    cluster = (assignment + k * torch.arange(runs, device=z.device)[:, None]).flatten()
+    sizes = cluster.bincount(minlength=runs * k)
+    rows = cluster.argsort(stable=True) % m
+    # A sum in the order of the rows, where adding by index would leave the order to a GPU's scheduler.
+    centres = F.embedding_bag(rows, z, sizes.cumsum(0) - sizes, mode="mean").view(runs, k, -1)
+    empty = (sizes == 0).view(runs, k)
+    for run in empty.any(1).nonzero().flatten().tolist():
+        d2 = (z - centres[run, assignment[run]]).square().sum(1)
+        farthest = d2.argsort(descending=True, stable=True)
+        centres[run, empty[run]] = z[farthest[: int(empty[run].sum())]]
+    return centres

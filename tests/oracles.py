@@ -4,9 +4,8 @@ import math
 
 import torch
 
-
-# Tuples: hardening and the metric losses, from paper.md's equations and the papers that the losses name. Vectors are
-# float64 tensors, so that autograd through the loops gives the gradients; negative[i][j] faces anchor i.
+# Tuples: hardening and the metric losses, from the equations of the paper and of those that the losses name. Vectors
+# are float64 tensors, so that autograd through the loops gives the gradients; negative[i][j] faces anchor i.
 
 
 def distance(p, q):

@@ -76,8 +76,7 @@ def test_equals_the_plain_loops(seed):
     assert report.recall_at == pytest.approx(recall, abs=1e-10)
     assert report.map_at_r == pytest.approx(map_at_r, abs=1e-10)
     assert report.r_precision == pytest.approx(precision, abs=1e-10)
-    unit = torch.nn.functional.normalize(z, dim=1)
-    runs = [kmeans(unit, 5, seed + run).tolist() for run in range(2)]
+    runs = kmeans(retrieval._unit_rows(z), 5, 2, seed).tolist()
     nmis = [loop_nmi(run, labels.tolist()) for run in runs]
     f1s = [loop_f1(run, labels.tolist()) for run in runs]
     assert (report.nmi, report.nmi_std) == pytest.approx((np.mean(nmis), np.std(nmis)), abs=1e-10)
@@ -92,7 +91,7 @@ def test_equals_pytorch_metric_learning():
         return torch.zeros(columns.shape), columns
 
     def clusters(query, count):
-        return kmeans(torch.nn.functional.normalize(z, dim=1), count, 0)
+        return kmeans(retrieval._unit_rows(z), count, 1, 0)[0]
 
     names = ("mean_average_precision_at_r", "r_precision", "precision_at_1", "NMI")
     calculator = AccuracyCalculator(include=names, k="max_bin_count", knn_func=nearest, kmeans_func=clusters)
@@ -135,31 +134,54 @@ def test_perfect_embeddings_are_perfect():
 
 
 def test_equal_similarities_rank_by_row():
-    """Of five equal rows, the first that is not the query is its nearest."""
-    z, labels = torch.ones(5, 2), torch.tensor([0, 1, 0, 1, 0])
-    hits, _ = retrieval.neighbour_hits(torch.nn.functional.normalize(z, dim=1), labels, 4)
-    assert hits.tolist() == [
-        [False, True, False, True],
-        [False, False, True, False],
-        [True, False, False, True],
-        [False, True, False, False],
-        [True, False, True, False],
-    ]
+    """Every other row is as near as the next: the lower ones come first, and the query never."""
+    similarity = torch.ones(3, 5, dtype=torch.float64)
+    similarity.diagonal(1).fill_(-math.inf)
+    assert retrieval._nearest(similarity, 3).tolist() == [[0, 2, 3], [0, 1, 3], [0, 1, 2]]
 
 
-@pytest.mark.parametrize("entries", [1, 37, 1 << 24])
-def test_the_tile_changes_nothing(entries, monkeypatch):
-    z, labels = clouds(3, classes=9)
-    whole, _ = retrieval.neighbour_hits(z, labels, 8)
-    monkeypatch.setattr(retrieval, "TILE_ENTRIES", entries)
-    tiled, _ = retrieval.neighbour_hits(z, labels, 8)
-    assert torch.equal(whole, tiled)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_tile_changes_nothing_even_where_rows_are_equal(seed, monkeypatch):
+    """In float32, with most rows several times over."""
+    torch.manual_seed(seed)
+    z, labels = torch.randn(60, 129)[torch.randint(60, (301,))], torch.arange(301) % 20
+    reports = []
+    for entries in (1, 301 * 7, 301 * 64, 1 << 24):
+        monkeypatch.setattr(retrieval, "TILE", entries)
+        parts = retrieval._score_queries(retrieval._unit_rows(z), labels, labels.bincount(), (1, 2, 30))
+        reports.append([torch.cat(part) for part in zip(*parts, strict=True)])
+    for report in reports[1:]:
+        assert all(map(torch.equal, report, reports[0]))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_the_scale_changes_nothing_at_the_ends_of_float32(scale):
+    z, labels = clouds(5)
+    plain, scaled = (evaluate_retrieval((z * s).float(), labels, KS, 1, 0) for s in (1.0, scale))
+    assert scaled.recall_at == plain.recall_at
+    assert scaled.map_at_r == plain.map_at_r
+
+
+def test_a_collapsed_embedding_shows():
+    """One cluster, which tells nothing of the classes, and the recall of a guess."""
+    labels = torch.arange(40) % 4
+    report = evaluate_retrieval(torch.full((40, 3), 0.1), labels, (1,), 2, 0)
+    assert (report.nmi, report.nmi_std) == (0.0, 0.0)
+    assert report.recall_at[1] == pytest.approx(1 / 4, abs=1 / 40)
+
+
+def test_nmi_stays_within_its_bounds():
+    for a in range(2, 12):
+        for b in range(2, 12):
+            row = torch.arange(a * b * 3)
+            assert 0 <= nmi(row // (b * 3), row // 3 % b) < 1e-12
+            assert nmi(row % a, (row + 1) % a) == 1
 
 
 def test_kmeans_is_as_tight_as_scikit_learns_and_repeats():
     z, _ = clouds(1, classes=12, rows=30, d=8, spread=0.5)
-    assignment = [kmeans(z, 12, seed) for seed in range(5)]
-    assert torch.equal(assignment[0], kmeans(z, 12, 0))
+    assignment = [kmeans(z, 12, 1, seed)[0] for seed in range(5)]
+    assert torch.equal(assignment[0], kmeans(z, 12, 1, 0)[0])
 
     def inertia(a):
         return sum(float((z[a == c] - z[a == c].mean(0)).square().sum()) for c in range(12))
@@ -169,21 +191,33 @@ def test_kmeans_is_as_tight_as_scikit_learns_and_repeats():
     assert ours <= 1.1 * theirs
 
 
-def test_kmeans_leaves_no_cluster_empty():
+def test_an_empty_cluster_takes_the_farthest_row():
+    z = torch.tensor([[0.0], [1.0], [2.0], [9.0]])
+    means = retrieval._means(z, torch.tensor([[0, 0, 0, 0]]), 2)
+    assert means.tolist() == [[[3.0], [9.0]]]
+
+
+def test_clusters_are_no_more_than_distinct_rows():
     z = torch.tensor([[0.0, 1.0]] * 6 + [[1.0, 0.0]] * 2)
-    assert len(kmeans(z, 4, 0).unique()) == 4
+    for run in kmeans(z, 4, 3, 0):
+        assert len(run.unique()) == 2
+        assert nmi(run, torch.tensor([0] * 6 + [1] * 2)) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"z": torch.tensor([[1.0], [math.nan], [1.0], [math.inf]])}, "must be finite, got 2 of 4 rows"),
-        ({"z": torch.tensor([[1.0], [0.0], [1.0], [1.0]])}, "must not be zero.*got 1 of 4 rows"),
-        ({"labels": torch.tensor([0, 0, 0, 1])}, r"2 rows or more, got one in class 1 \(1 such classes\)"),
-        ({"ks": (1, 4)}, "K of Recall@K must be <= 3.*of 4 rows, got 4"),
+        ({"z": torch.tensor([[1.0], [math.nan], [1.0], [math.inf]])}, "z must be finite, got 2 of 4 rows"),
+        ({"z": torch.tensor([[1.0], [0.0], [1.0], [1.0]])}, "z must have no zero row.*got 1 of 4 rows"),
+        ({"labels": torch.tensor([0, 0, 0, 1])}, r"every class twice or more, got 1 with one row: \[1\]"),
+        ({"labels": torch.tensor([0, 0])}, "labels must be one per row of z, got 2 for 4 rows"),
+        ({"ks": (1, 4)}, r"ks must be in \[1, rows - 1 = 3\], got \(1, 4\)"),
+        ({"ks": (0,)}, r"ks must be in \[1, rows - 1 = 3\], got \(0,\)"),
+        ({"ks": ()}, r"ks must be in \[1, rows - 1 = 3\], got \(\)"),
+        ({"clusterings": 0}, "clusterings must be >= 1, got 0"),
     ],
 )
 def test_bad_input_is_named(change, message):
-    given = {"z": torch.ones(4, 1), "labels": torch.tensor([0, 0, 1, 1]), "ks": (1,)} | change
+    given = {"z": torch.ones(4, 1), "labels": torch.tensor([0, 0, 1, 1]), "ks": (1,), "clusterings": 1} | change
     with pytest.raises(ValueError, match=message):
-        evaluate_retrieval(**given, clusterings=1, seed=0)
+        evaluate_retrieval(**given, seed=0)
