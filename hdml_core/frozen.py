@@ -21,7 +21,7 @@ from hdml_core import images
 from hdml_core.config import Config, ConfigError
 from hdml_core.datasets import Dataset, load
 from hdml_core.datasets.locks import locked
-from hdml_core.networks import Extractor, build_extractor
+from hdml_core.networks import Extractor, build_extractor, demand_channels
 
 EXTRACTED_ROWS = 64
 """Images passed through the extractor at once."""
@@ -38,6 +38,7 @@ def open_data(config: Config, root: Path, device: torch.device | str = "cpu") ->
         return dataset
     if not config.network.weights:
         raise ConfigError("network.weights must be given where network.frozen is True, got ''")
+    demand_channels(config.network, dataset.train.values.shape[1])
     path = root / "cache" / f"{dataset.name}-{config.network.extractor}-{_key(config, dataset)}.npy"
     if not path.exists():
         with locked(path.with_suffix(".lock")):

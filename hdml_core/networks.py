@@ -90,6 +90,17 @@ EXTRACTORS: Mapping[str, _Body] = {
 }
 
 
+def demand_channels(config: NetworkConfig, channels: int) -> None:
+    """Raise ConfigError where the extractor does not take images of so many channels."""
+    wanted = EXTRACTORS[config.extractor].channels
+    if channels != wanted:
+        fitting = [name for name, body in EXTRACTORS.items() if body.channels == channels]
+        raise ConfigError(
+            f"network.extractor must be one of {', '.join(fitting)} for images of {channels} channels, "
+            f"got {config.extractor!r}, which takes {wanted}"
+        )
+
+
 def build_extractor(config: NetworkConfig) -> Extractor:
     """Return f, with random weights, torchvision's, or those of a safetensors state dict.
 

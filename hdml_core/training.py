@@ -17,7 +17,7 @@ from hdml_core import images
 from hdml_core.config import Config, HdmlConfig
 from hdml_core.datasets import LabelledSet
 from hdml_core.metric_losses import METRIC_LOSSES, MetricLoss
-from hdml_core.networks import Networks, build_networks, mix_precision
+from hdml_core.networks import Networks, build_networks, demand_channels, mix_precision
 from hdml_core.notation import Averages, EpochReport, Hardness, Losses, RetrievalReport
 from hdml_core.objective import decayed, hdml_losses, plain_losses
 from hdml_core.retrieval import evaluate_retrieval
@@ -53,9 +53,11 @@ def new_run(
 ) -> Run:
     """Return a run at its start: networks drawn from the seed, averages at their start.
 
-    Raises ConfigError where `train` has too few classes for a batch, or the weights don't fit the network.
+    Raises ConfigError where `train` has too few classes for a batch, or images or weights don't fit the network.
     """
     device = torch.device(device)
+    if train.feature_size is None:
+        demand_channels(config.network, train.values.shape[1])
     metric_loss = METRIC_LOSSES[config.loss.name](config.loss)
     batches = RoleBatches(
         train.labels,

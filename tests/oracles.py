@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from hdml_core.config import Config
+
 # Tuples: hardening and the metric losses, from the equations of the paper and of those that the losses name. Vectors
 # are float64 tensors, so that autograd through the loops gives the gradients; negative[i][j] faces anchor i.
 
@@ -101,3 +103,106 @@ def lifted(anchors, positives, negative, margin):
         j_pair = torch.log(sum(repel)) + distance(anchors[i], positives[i])
         total = total + torch.clamp(j_pair, min=0) ** 2
     return total / (2 * b)
+
+
+# The objective. Only weights are taken from the networks, never their forward passes; f is a linear layer.
+
+
+def linear(layer, v):
+    return layer.weight @ v + layer.bias
+
+
+def batch_norm(layer, vectors):
+    m = len(vectors)
+    mean = sum(vectors) / m
+    variance = sum((v - mean) ** 2 for v in vectors) / m
+    return [(v - mean) / torch.sqrt(variance + layer.eps) * layer.weight + layer.bias for v in vectors]
+
+
+def embed(embedder, ys):
+    if isinstance(embedder, torch.nn.Sequential):
+        norm, fc = embedder
+        return [linear(fc, y) for y in batch_norm(norm, ys)]
+    return [linear(embedder, y) for y in ys]
+
+
+def generate(generator, zs):
+    first, _, norm, last = generator
+    hidden = [torch.clamp(linear(first, z), min=0) for z in zs]
+    return [linear(last, h) for h in batch_norm(norm, hidden)]
+
+
+def cross_entropy(head, y, label):
+    logits = linear(head, y)
+    return torch.log(sum(torch.exp(logit) for logit in logits)) - logits[label]
+
+
+def objective(networks, x, labels, config: Config, j_avg: float, j_gen_avg: float) -> dict:
+    """Every J of one batch by the paper's section 3 and the authors' departures; mean lambda_0 and share pulled."""
+    hdml, is_npair = config.hdml, config.loss.name == "npair"
+    every_role = hdml.generated_roles == "all"
+    n = len(x) // (2 if is_npair else 3)
+
+    ys = [linear(networks.extractor, v) for v in x]
+    zs = embed(networks.embedder, ys)
+    anchors, positives = zs[:n], zs[n : 2 * n]
+    pairs = [(i, j) for i in range(n) for j in range(n)] if is_npair else [(i, i) for i in range(n)]
+    row_of = {(i, j): n + j if is_npair else 2 * n + j for i, j in pairs}
+
+    pulled = {(i, j): pull(anchors[i], positives[i], zs[row_of[i, j]], j_avg, hdml.alpha) for i, j in pairs}
+
+    rows = list(zs)
+    copies = (anchors + positives) if every_role else []
+    y_all = generate(networks.generator, rows + copies + [pulled[pair][0] for pair in pairs])
+    y_prime, y_tilde = y_all[: len(zs)], y_all[len(zs) :]
+    z_tilde = embed(networks.embedder, y_tilde)
+    if every_role:
+        anchors_syn, positives_syn = z_tilde[:n], z_tilde[n : 2 * n]
+    else:
+        anchors_syn, positives_syn = anchors, positives
+    negative_syn = dict(zip(pairs, z_tilde[len(copies) :], strict=True))
+
+    if is_npair:
+        real_grid = [[positives[j] for j in range(n)] for _ in range(n)]
+        syn_grid = [[negative_syn[i, j] for j in range(n)] for i in range(n)]
+        j_m = npair(anchors, positives, real_grid, config.loss.l2_reg)
+        j_syn = npair(anchors_syn, positives_syn, syn_grid, config.loss.l2_reg)
+    else:
+        j_m = triplet(anchors, positives, zs[2 * n :], config.loss.margin)
+        j_syn = triplet(anchors_syn, positives_syn, [negative_syn[p] for p in pairs], config.loss.margin)
+
+    if hdml.weight_decay_in_j_m:
+        fc = networks.embedder[1] if config.network.embedder_batch_norm else networks.embedder
+        weights = [networks.extractor.weight, networks.extractor.bias, fc.weight, fc.bias]
+        j_m = j_m + config.optim.weight_decay * sum(0.5 * (w**2).sum() for w in weights)
+
+    w_real = math.exp(-hdml.beta / j_gen_avg)
+    j_recon = sum(((a - b) ** 2).sum() for a, b in zip(y_prime, ys, strict=True))
+    if hdml.recon_reduction == "mean":
+        j_recon = j_recon / len(ys)
+
+    def mean_cross_entropy(features, of_rows):
+        terms = [cross_entropy(networks.head, y, labels[row]) for y, row in zip(features, of_rows, strict=True)]
+        return sum(terms) / len(terms)
+
+    of_negatives = mean_cross_entropy(y_tilde[len(copies) :], [row_of[pair] for pair in pairs])
+    if not every_role:
+        j_soft = of_negatives
+    elif is_npair:
+        j_soft = of_negatives + mean_cross_entropy(y_tilde[:n], range(n))
+    else:
+        j_soft = mean_cross_entropy(y_tilde, range(3 * n))
+
+    true_negatives = [pair for pair in pairs if not is_npair or pair[0] != pair[1]]
+    factors = [pulled[pair][1] for pair in true_negatives]
+    return {
+        "j_m": j_m,
+        "j_syn": j_syn,
+        "j_metric": w_real * j_m + (1 - w_real) * j_syn,
+        "j_recon": j_recon,
+        "j_soft": j_soft,
+        "j_gen": hdml.recon_weight * j_recon + hdml.lambda_soft * j_soft,
+        "j_class": mean_cross_entropy(ys, range(len(ys))),
+        "lambda_0_mean": sum(factors) / len(factors),
+        "pulled_share": sum(f < 1 for f in factors) / len(factors),
+    }

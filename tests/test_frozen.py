@@ -107,6 +107,11 @@ def test_a_frozen_extractor_needs_weights(photographs):
         frozen.open_data(config_of(photographs, **{"network.weights": ""}), photographs)
 
 
+def test_an_extractor_for_other_images(photographs):
+    with pytest.raises(ConfigError, match="network.extractor must be one of googlenet, resnet50, mobilenet_v2 for"):
+        frozen.open_data(config_of(photographs, **{"network.extractor": "convnet"}), photographs)
+
+
 def test_a_failure_half_way_leaves_no_file(photographs, monkeypatch):
     def fails(*_):
         yield torch.zeros(3, 1, SIZE)

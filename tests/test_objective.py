@@ -8,7 +8,7 @@ from hdml_core.config import recipe_config, with_settings
 from hdml_core.metric_losses import METRIC_LOSSES
 from hdml_core.networks import build_networks
 from hdml_core.objective import decayed, hdml_losses, plain_losses
-from tests import objective_oracle
+from tests import oracles
 
 # Between them: nothing averaged yet, a graded schedule, and one that pulls all the way.
 SCHEDULES = {"start": (float("inf"), float("inf")), "graded": (3.0, 40.0), "full": (1e-3, 1e-3)}
@@ -52,7 +52,7 @@ def ours(case, schedule):
 def test_values_equal_the_plain_loops(recipe, loss, schedule):
     case = small_case(recipe, loss)
     config, networks, _, x, labels = case
-    wanted = objective_oracle.losses(networks, x, labels, config, *SCHEDULES[schedule])
+    wanted = oracles.objective(networks, x, labels, config, *SCHEDULES[schedule])
     losses, hardness = ours(case, schedule)
     for name, value in {**losses._asdict(), **hardness._asdict()}.items():
         if name in wanted:
@@ -65,7 +65,7 @@ def test_values_equal_the_plain_loops(recipe, loss, schedule):
 def test_gradients_equal_the_plain_loops(recipe, loss, schedule):
     case = small_case(recipe, loss)
     config, networks, _, x, labels = case
-    wanted = objective_oracle.losses(networks, x, labels, config, *SCHEDULES[schedule])
+    wanted = oracles.objective(networks, x, labels, config, *SCHEDULES[schedule])
     losses, _ = ours(case, schedule)
     moved = {
         "j_metric": [*networks.extractor.parameters(), *networks.embedder.parameters()],

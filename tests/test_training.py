@@ -221,6 +221,13 @@ def test_a_loss_that_is_not_finite_is_named_with_its_schedule():
     assert message.startswith("j_")
 
 
+def test_an_extractor_for_other_images_is_said_at_the_start():
+    config = small_config(**{"data.name": "glyphs", "network.extractor": "resnet50"})
+    message = "network.extractor must be one of convnet for images of 1 channels, got 'resnet50', which takes 3"
+    with pytest.raises(ConfigError, match=message):
+        training.new_run(config, labelled(images=True))
+
+
 def test_too_few_classes_for_a_batch_is_said_at_the_start():
     with pytest.raises(ConfigError, match="data.batch_size must be <= 32, got 64: its 32 pairs need 32 classes"):
         training.new_run(small_config(**{"data.batch_size": 64}), labelled())

@@ -1,7 +1,4 @@
-"""Ledgers and trackers in a temporary folder, and one Ray for all tests that need it in their own process."""
-
-import gc
-import warnings
+"""Ledgers and trackers in a temporary folder, and a Ray for the tests that run a driver in their own process."""
 
 import mlflow
 import pytest
@@ -36,12 +33,8 @@ def client(tracker):
     return mlflow.MlflowClient(tracker)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray():
     start_ray(Study("toy", "Why?", {}))
     yield
     ray.shutdown()
-    with warnings.catch_warnings():
-        # Ray does not close the log files of the processes that it started.
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()

@@ -18,7 +18,7 @@ def report(epoch=1, steps=3, seconds=1.0):
 
 
 def test_names_are_those_of_the_legend():
-    assert records.LOSSES == Losses._fields
+    assert Losses._fields == records.LOSSES
     assert set(records.HARDNESS_TRACE) == set(Hardness._fields)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 
 import mlflow
 import pytest
@@ -17,9 +18,13 @@ pytestmark = pytest.mark.cluster
 TRIALS = 8
 
 
-def driver(out, trials=TRIALS):
-    command = [sys.executable, "-m", "tests.machinery.toys", str(out), str(trials), "0.3"]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+@contextmanager
+def driver(out):
+    """A driver at work on the toy study, killed at the end if it is still there."""
+    command = [sys.executable, "-m", "tests.machinery.toys", str(out), str(TRIALS), "0.3"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
 
 
 def finished(out):
@@ -59,23 +64,22 @@ def check(out):
 
 def test_killed_twice_it_ends_as_if_it_had_not_been(tmp_path):
     for done in (2, 5):
-        process = driver(tmp_path)
-        wait_for(tmp_path, process, done)
-        process.kill()
-        process.communicate()
-    assert driver(tmp_path).wait() == 0
+        with driver(tmp_path) as process:
+            wait_for(tmp_path, process, done)
+    with driver(tmp_path) as process:
+        assert process.wait() == 0
     rows = check(tmp_path)
     assert max(row.notes["attempts"] for row in rows) > 1
 
 
 def test_interrupted_it_saves_and_goes_on(tmp_path):
-    process = driver(tmp_path)
-    wait_for(tmp_path, process, 2)
-    os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate()
-    assert "KeyboardInterrupt" in said
+    with driver(tmp_path) as process:
+        wait_for(tmp_path, process, 2)
+        os.kill(process.pid, signal.SIGINT)
+        assert "KeyboardInterrupt" in process.communicate()[1]
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("toy").experiment_id
     assert not client.search_runs([experiment], "attributes.status = 'RUNNING'")
-    assert driver(tmp_path).wait() == 0
+    with driver(tmp_path) as process:
+        assert process.wait() == 0
     check(tmp_path)

@@ -44,7 +44,14 @@ def test_a_trial_is_a_child_run_with_its_settings_and_series(recorder, client):
     assert parent.data.tags["mlflow.note.content"] == "Why?\n\nBecause."
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.params == {"hdml.alpha": "31.6", "retrieval.ks": "(1, 2)"}
-    tags = {"commit": "abc", "data_digest": "0", "trial": "0007", "kind": "search", "state": "COMPLETE", "device": "cpu"}
+    tags = {
+        "commit": "abc",
+        "data_digest": "0",
+        "trial": "0007",
+        "kind": "search",
+        "state": "COMPLETE",
+        "device": "cpu",
+    }
     assert tags.items() <= child.data.tags.items()
     assert [run.info.status for run in (parent, child)] == ["FINISHED", "FINISHED"]
     history = client.get_metric_history(run_id, "validation/recall_at_1")
@@ -90,9 +97,13 @@ def test_statuses_are_true(recorder, client, state, status):
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "KILLED"), (RuntimeError, "FAILED")])
 def test_no_run_is_left_running(recorder, client, error, status):
-    with pytest.raises(error), recorder:
-        recorder.begin("search", row(), {})
-        raise error
+    def fail():
+        with recorder:
+            recorder.begin("search", row(), {})
+            raise error
+
+    with pytest.raises(error):
+        fail()
     found = runs(client, recorder)
     assert {name: run.info.status for name, run in found.items()} == {"study": status, "0000 alpha=31.6": "KILLED"}
 

@@ -1,0 +1,89 @@
+"""Studies as data, and the variants that a command line asks for."""
+
+from dataclasses import replace
+
+import pytest
+
+from hdml_core.config import ConfigError, parse_setting
+from studies.machinery.space import LogUniform, Uniform
+from studies.machinery.study import TINY_TRIALS, Study, variant
+
+STUDY = Study(
+    name="question",
+    question="Why?",
+    space={"hdml.alpha": LogUniform(0.1, 300.0)},
+    base={"loss.name": "npair"},
+    baseline={"hdml.enabled": False},
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({}, "question"),
+        ({"dataset": "glyphs"}, "question"),
+        ({"dataset": "cub200"}, "question-cub200"),
+        ({"overrides": {"data.name": "cub200"}}, "question-cub200"),
+        ({"tiny": True}, "question-tiny"),
+        ({"dataset": "cub200", "name": "mine"}, "mine"),
+    ],
+)
+def test_names_of_variants(asked, name):
+    assert variant(STUDY, **asked).name == name
+
+
+def test_a_variant_has_its_data_sets_recipe_and_published_point():
+    assert STUDY.published() == {"hdml.alpha": 90.0}
+    triplet = variant(STUDY, overrides={"loss.name": "triplet"})
+    assert triplet.published() == {"hdml.alpha": 7.0}
+    cub = variant(replace(STUDY, base={"recipe": "authors"}), dataset="cub200", trials=7)
+    assert (cub.config().data.batch_size, cub.config().hdml.beta, cub.trials) == (128, 5e3, 7)
+
+
+def test_tiny_is_small_and_yields_to_what_is_said():
+    assert variant(STUDY, tiny=True).trials == TINY_TRIALS
+    assert variant(STUDY, tiny=True).config().optim.steps_per_epoch == 4
+    longer = variant(STUDY, tiny=True, trials=9, overrides={"optim.epochs": 5})
+    assert (longer.trials, longer.config().optim.epochs) == (9, 5)
+
+
+def test_trials_and_baseline_differ_from_the_base_in_their_own_settings_only():
+    assert STUDY.config({"hdml.alpha": 3.0}) == STUDY.config({"hdml.alpha": 3.0})
+    assert STUDY.config({"hdml.alpha": 3.0}).hdml.alpha == 3.0
+    assert not STUDY.baseline_config().hdml.enabled
+    assert "hdml.alpha" not in STUDY.fixed()
+
+
+def test_points_outside_the_space_are_not_tried_first():
+    narrow = replace(STUDY, space={"hdml.alpha": LogUniform(0.1, 10.0)}, points=({"hdml.alpha": 5.0},))
+    assert narrow.first_points() == [{"hdml.alpha": 5.0}]
+    assert STUDY.first_points() == [{"hdml.alpha": 90.0}]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"trials": 0}, "trials of study 'question' must be >= 1, got 0"),
+        ({"hours": 0.0}, "hours of study 'question' must be > 0, got 0.0"),
+        ({"gpus_per_trial": 0.0}, "gpus_per_trial of study 'question' must be > 0"),
+        ({"goal": "test/recall_at_1"}, "goal of study 'question' must be one of validation/recall_at_1, "),
+        ({"space": {"hdml.alhpa": LogUniform(0.1, 1.0)}}, "unknown setting 'hdml.alhpa'.*did you mean 'alpha'"),
+        ({"space": {"hdml.alpha": Uniform(-1.0, 1.0)}}, "hdml.alpha must be >= 0, got -1.0"),
+        ({"baseline": {"hdml.alpha": -1.0}}, "hdml.alpha must be >= 0, got -1.0"),
+    ],
+)
+def test_a_study_that_can_not_be_run_is_refused_when_it_is_declared(change, says):
+    with pytest.raises(ConfigError, match=says):
+        replace(STUDY, **change)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"tiny": True, "dataset": "cub200"}, "--tiny is a toy size of glyphs"),
+        ({"overrides": dict([parse_setting("hdml.alpha=7")])}, "hdml.alpha is what study 'question' searches"),
+    ],
+)
+def test_a_variant_that_makes_no_sense_is_refused(asked, says):
+    with pytest.raises(ConfigError, match=says):
+        variant(STUDY, **asked)
