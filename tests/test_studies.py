@@ -1,6 +1,7 @@
 """Every study file: it says what it asks, it is data, and it runs."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -81,6 +82,18 @@ def test_alpha_beta_from_start_to_extension(tmp_path, data):
     parent, children = family(client, experiment)
     check_parent(parent)
     assert check_ledger(tmp_path, children, TINY_TRIALS + 2)[:TINY_TRIALS] == rows
+
+    # The test classes open once.
+    confirm = [sys.executable, "-m", "studies", "confirm", "alpha_beta-tiny", "--seeds", "2", "--out", str(tmp_path)]
+    environment = {**os.environ, "HDML_DATA": str(data)}
+    first, second = (
+        subprocess.run(confirm, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        for _ in range(2)
+    )
+    assert (first.returncode, second.returncode) == (0, 2), first.stderr
+    assert "--again" in second.stderr
+    written = json.loads((tmp_path / "alpha_beta-tiny" / "confirm.json").read_text())
+    assert set(written["results"]["recall_at_1"]) == {"best", "baseline", "difference"}
 
 
 def table(said):

@@ -97,7 +97,7 @@ def run_study(study: Study, places: Places, fresh: bool = False) -> dict[Kind, L
     dataset = prepare(study.config(), places.root)
     if fresh:
         put_aside(study.name, places)
-    ledgers = open_ledgers(study, places)
+    ledgers = open_ledgers(study, places, floor=dataset.kind == "features")
     ledgers["search"].settle(terms(study, dataset), study.space)
     ledgers["search"].enqueue(study.first_points())
     with recording(places, study, ledgers["search"], dataset) as recorder:
@@ -134,11 +134,11 @@ def prepare(config: Config, root: Path) -> Dataset:
     return dataset
 
 
-def open_ledgers(study: Study, places: Places) -> dict[Kind, Ledger]:
-    """Open the study's ledgers in the order in which their trials run."""
+def open_ledgers(study: Study, places: Places, floor: bool) -> dict[Kind, Ledger]:
+    """Open the study's ledgers in the order in which their trials run; a floor is for features given beforehand."""
     storage = open_storage(places.ledger_url)
     ledgers: dict[Kind, Ledger] = {}
-    if study.config().network.frozen:
+    if floor:
         ledgers["floor"] = Ledger(storage, f"{study.name}.floor", {}, direction=study.direction)
     if study.baseline is not None:
         ledgers["baseline"] = Ledger(storage, f"{study.name}.baseline", {}, direction=study.direction)

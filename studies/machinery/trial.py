@@ -102,7 +102,7 @@ def sealed(job: Job) -> None:
 
 
 def floor(job: Job) -> None:
-    """Measure the frozen extractor's own features, nothing trained: what any embedding of them has to beat."""
+    """Measure the features that are given, nothing trained: what any embedding of them has to beat."""
     config = job.config
     dataset = open_data(config, job.root, job.device)
     _, validation = validation_fold(dataset.train, config.data.folds, config.data.fold)

@@ -21,7 +21,7 @@ TRIALS = 8
 @contextmanager
 def driver(out):
     """A driver at work on the toy study, killed at the end if it is still there."""
-    command = [sys.executable, "-m", "tests.machinery.toys", str(out), str(TRIALS), "0.3"]
+    command = [sys.executable, "-m", "tests.machinery.toy_study", str(out), str(TRIALS), "0.3"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         yield process
         process.kill()

@@ -3,7 +3,8 @@
 import optuna
 import pytest
 
-from tests.machinery.toys import EPOCHS, run_toy
+from tests.machinery.toy_study import run_toy
+from tests.machinery.toys import EPOCHS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
