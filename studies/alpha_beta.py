@@ -23,7 +23,7 @@ STUDY = Study(
     space={"hdml.alpha": LogUniform(0.1, 300.0), "hdml.beta": LogUniform(0.1, 1e5)},
     baseline={"hdml.enabled": False},
     goal="validation/recall_at_1",
-    trials=16,
+    trials=12,
     pruner="median",
 )
 
