@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch._functorch.config
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -88,7 +89,7 @@ def new_run(
         batches,
         _optimisers(networks, config),
         Averages(start, start, zero, zero, steps=0),
-        torch.compile(hdml_losses) if config.optim.compile else hdml_losses,
+        _compiled() if config.optim.compile else hdml_losses,
     )
 
 
@@ -183,6 +184,12 @@ def _step(run: Run, x: Float[Tensor, "b ..."], labels: Int[Tensor, " b"]) -> Flo
 def _gradients(optimiser: torch.optim.Adam, j: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     return list(zip(parameters, torch.autograd.grad(j, parameters, retain_graph=True), strict=True))
+
+
+def _compiled() -> Callable[..., tuple[Losses, Hardness]]:
+    # Three gradients are taken of one forward pass: its buffers have to outlive the first.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(hdml_losses)
 
 
 def _optimisers(networks: Networks, config: Config) -> dict[str, torch.optim.Adam]:

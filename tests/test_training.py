@@ -198,6 +198,19 @@ def test_faster_settings_train_the_same_thing_nearly(settings):
     np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=2e-2)
 
 
+@pytest.mark.filterwarnings("ignore:.*")
+def test_a_compiled_objective_trains_the_same_thing():
+    train = labelled()
+    losses = []
+    for compiled in (False, True):
+        run = training.new_run(
+            small_config(**{"optim.compile": compiled, "optim.epochs": 2, "optim.precision": "float64"}), train
+        )
+        training.fit(run, train, labelled(1, 5), lambda report: None)
+        losses.append([run.reports[-1].losses[name] for name in Losses._fields])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+
 def test_clipping_bounds_every_gradient_element():
     config = small_config(**{"optim.clip": 1e-4})
     run = finished(config)
