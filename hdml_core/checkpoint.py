@@ -139,16 +139,16 @@ def _restore(run: Run, record: dict[str, Any], tensors: dict[str, Tensor]) -> No
 
 
 def _to_json(report: EpochReport) -> dict[str, Any]:
-    return report._asdict() | {"validation": report.validation._asdict()}
+    return report._asdict() | {"validation": report.validation and report.validation._asdict()}
 
 
 def _from_json(record: dict[str, Any]) -> EpochReport:
     validation = record["validation"]
-    recall_at = {int(k): value for k, value in validation["recall_at"].items()}
+    if validation is not None:
+        recall_at = {int(k): value for k, value in validation["recall_at"].items()}
+        validation = RetrievalReport(**validation | {"recall_at": recall_at})
     trace = {name: tuple(values) for name, values in record["trace"].items()}
-    return EpochReport(
-        **record | {"trace": trace, "validation": RetrievalReport(**validation | {"recall_at": recall_at})}
-    )
+    return EpochReport(**record | {"trace": trace, "validation": validation})
 
 
 def _flush(path: Path) -> None:

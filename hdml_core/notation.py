@@ -102,5 +102,6 @@ class EpochReport(NamedTuple):
     losses: Mapping[str, float]
     hardness: Mapping[str, float]
     trace: Mapping[str, tuple[float, ...]]
-    validation: RetrievalReport
+    validation: RetrievalReport | None
+    """None where nothing is held out."""
     seconds: float

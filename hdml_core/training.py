@@ -93,8 +93,10 @@ def new_run(
     )
 
 
-def fit(run: Run, train: LabelledSet, validation: LabelledSet, report: Callable[[EpochReport], None]) -> None:
+def fit(run: Run, train: LabelledSet, validation: LabelledSet | None, report: Callable[[EpochReport], None]) -> None:
     """Train from where the run is to its last epoch; after each, validate, append the report and hand it out.
+
+    Where `validation` is None, all there is trains, and nothing is measured.
 
     Raises NonFiniteLossError at the end of the epoch in which a J was not finite; that epoch is not reported.
     """
@@ -109,7 +111,7 @@ def fit(run: Run, train: LabelledSet, validation: LabelledSet, report: Callable[
                 losses={name: float(trace[name].mean()) for name in _loss_names(run.config.hdml)},
                 hardness={name: float(trace[name].mean()) for name in _hardness_names(run.config.hdml)},
                 trace={name: tuple(trace[name].tolist()) for name in _hardness_names(run.config.hdml)},
-                validation=evaluate(run, validation),
+                validation=None if validation is None else evaluate(run, validation),
                 seconds=time.monotonic() - begin,
             )
         )

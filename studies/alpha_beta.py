@@ -22,7 +22,6 @@ STUDY = Study(
     base={"recipe": "paper", "loss.name": "npair"},
     space={"hdml.alpha": LogUniform(0.1, 300.0), "hdml.beta": LogUniform(0.1, 1e5)},
     baseline={"hdml.enabled": False},
-    goal="validation/recall_at_1",
     trials=12,
     pruner="median",
 )

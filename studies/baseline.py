@@ -18,7 +18,6 @@ STUDY = Study(
     question=__doc__,
     base={"recipe": "paper", "loss.name": "npair", "hdml.enabled": False},
     space={"optim.lr_embedder": LogUniform(1e-5, 1e-2), "optim.weight_decay": LogUniform(1e-6, 1e-2)},
-    goal="validation/recall_at_1",
     trials=24,
     pruner="median",
 )

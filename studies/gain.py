@@ -24,7 +24,6 @@ STUDY = Study(
         "hdml.beta": LogUniform(0.1, 1e5),
         "optim.lr_embedder": LogUniform(1e-5, 1e-2),
     },
-    goal="validation/recall_at_1",
     trials=24,
     pruner="median",
 )

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+# Databases and trackers for all tests, each started once and only where a test asks for it.
+pytest_plugins = ("tests.services",)
+
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS_FROM_OUTSIDE = ("HDML_", "MLFLOW_", "RAY_")
 # Where the real data are, and the token of tests/isolated.py.

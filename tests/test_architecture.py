@@ -42,9 +42,14 @@ FLOORS = (
 # Who may import a library; everyone may import a library that is not named here.
 DOORS = {
     "torch": ("hdml_core", "studies.machinery"),
-    "ray": ("studies.machinery.driver", "studies.machinery.search", "studies.machinery.trial"),
+    "ray": ("studies.machinery.driver", "studies.machinery.search", "studies.machinery.worker"),
     "mlflow": ("studies.machinery.tracking", "dashboards.runs"),
-    "optuna": ("studies.machinery.space", "studies.machinery.ledger", "studies.machinery.search"),
+    "optuna": (
+        "studies.machinery.space",
+        "studies.machinery.samplers",
+        "studies.machinery.storage",
+        "studies.machinery.ledger",
+    ),
 }
 
 # Dashboards read the tracker and the ledger, and share nothing with the machinery but the names of things.

@@ -11,7 +11,8 @@ import mlflow
 import pytest
 
 from studies.machinery import records
-from studies.machinery.ledger import existing, open_storage
+from studies.machinery.ledger import existing
+from studies.machinery.storage import open_storage
 from studies.machinery.study import TINY_TRIALS, Study
 from tests.conftest import ROOT
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from hdml_core.config import ConfigError, parse_setting
 from hdml_core.datasets import DataError
-from studies.machinery.study import Study, variant
+from studies.machinery.study import Study, parse_field, variant
 
 DONE, MISTAKE, FAILED, INTERRUPTED = 0, 2, 3, 130
-"""Exit status: done; a mistake in the call or a setting; more failed trials than allowed; interrupted, state saved."""
+"""Exit status: done; a mistake in the call or a setting; more failed trials than allowed, or ledgers that do not
+agree; interrupted, state saved."""
 
 
 def main(study: Study, arguments: Sequence[str] | None = None) -> int:
@@ -27,27 +28,39 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="a setting by dotted name; repeat for more")
     add("--out", metavar="DIR", type=Path, help="where to write, instead of HDML_OUT or `runs`")
     add("--fresh", action="store_true", help="put what the study has so far aside, and begin anew")
+    add("--join", action="store_true", help="work on the same trials beside a driver that is at it already")
+    add("--retry-failed", action="store_true", help="try again the trials that failed for want of a living worker")
+    add("--warm-start", metavar="STUDY", help="try the best points of another study first")
     add("--name", metavar="NAME", help="keep this variant of the study under a name of its own")
     add("--gpus-per-trial", metavar="G", type=float, help="a share of a GPU, such as 0.5, or several")
     given = parser.parse_args(arguments)
 
     def run() -> int:
+        of_study = [assignment for assignment in given.set if assignment.startswith("study.")]
+        of_trial = [assignment for assignment in given.set if assignment not in of_study]
+        options = {"trials": given.trials, "hours": given.hours, "gpus_per_trial": given.gpus_per_trial}
         asked = variant(
             study,
             dataset=given.dataset,
-            trials=given.trials,
-            hours=given.hours,
             tiny=given.tiny,
-            overrides=dict(parse_setting(assignment) for assignment in given.set),
+            overrides=dict(parse_setting(assignment) for assignment in of_trial),
             name=given.name,
-            gpus_per_trial=given.gpus_per_trial,
+            **dict(parse_field(assignment) for assignment in of_study),
+            **{name: value for name, value in options.items() if value is not None},
         )
         # Ray, MLflow and torch take seconds to import: a mistake in the call is told before.
         from studies.machinery.driver import Places, run_study
         from studies.machinery.progress import summary
 
         places = Places.under(out_folder(given.out))
-        ledgers = run_study(asked, places, given.fresh)
+        ledgers = run_study(
+            asked,
+            places,
+            fresh=given.fresh,
+            join=given.join,
+            retry_failed=given.retry_failed,
+            warm_start=given.warm_start,
+        )
         print(summary(asked, ledgers, places.tracking_uri, places.out))
         failed = sum(row.state == "FAIL" for ledger in ledgers.values() for row in ledger.rows())
         if failed > asked.failures_allowed * asked.trials:
@@ -59,26 +72,54 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
 
 
 def commands(arguments: Sequence[str] | None = None) -> int:
-    """Run a command about a study that has been run: `python -m studies COMMAND STUDY`."""
+    """Run a command about studies that have been run: `python -m studies COMMAND [STUDY]`."""
     parser = argparse.ArgumentParser(prog="python -m studies", description="What to do with a study that has run.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    confirm = subparsers.add_parser(
-        "confirm", help="open the test classes, once, for the best trial beside its baseline", allow_abbrev=False
-    )
-    confirm.add_argument("study", metavar="STUDY", help="as the ledger has it: alpha_beta, alpha_beta-cub200, ...")
+
+    def command(name: str, does: str, study: bool = True) -> argparse.ArgumentParser:
+        added = subparsers.add_parser(name, help=does, description=does, allow_abbrev=False)
+        if study:
+            added.add_argument(
+                "study", metavar="STUDY", help="as the ledger has it: alpha_beta, alpha_beta-cub200, ..."
+            )
+        added.add_argument("--out", metavar="DIR", type=Path, help="where the study was written")
+        return added
+
+    command("list", "the studies of the ledger, how far each is, and who is at work on it", study=False)
+    command("show", "one study: its trials, what they reached and what they cost")
+    command("sync", "send to MLflow what it has not been told yet")
+    command("verify", "whether ledger, MLflow and checkpoints agree, and how to mend what does not")
+    confirm = command("confirm", "open the test classes, once, for the best trial beside its baseline")
     confirm.add_argument("--seeds", metavar="N", type=int, default=5, help="trainings of each; else 5")
     confirm.add_argument("--against", metavar="STUDY", help="this study's best trial instead of the baseline")
     confirm.add_argument("--again", action="store_true", help="open them once more; that too is recorded")
-    confirm.add_argument("--out", metavar="DIR", type=Path, help="where the study was written")
+    confirm.add_argument(
+        "--paper-mode",
+        action="store_true",
+        help="beside the honest number, let the test classes choose the epoch, as published numbers mostly did",
+    )
     confirm.add_argument("--gpus-per-trial", metavar="G", type=float, default=1.0)
     given = parser.parse_args(arguments)
 
     def run() -> int:
-        from studies.machinery.confirm import confirm_study
+        from studies.machinery import confirm, review
         from studies.machinery.driver import Places
 
         places = Places.under(out_folder(given.out))
-        print(confirm_study(given.study, places, given.seeds, given.against, given.again, given.gpus_per_trial))
+        match given.command:
+            case "list":
+                print(review.list_studies(places))
+            case "show":
+                print(review.show(given.study, places))
+            case "sync":
+                print(review.sync(given.study, places))
+            case "verify":
+                disagreements = review.verify(given.study, places)
+                print("\n".join(disagreements) or "ledger, MLflow and checkpoints agree")
+                return FAILED if disagreements else DONE
+            case "confirm":
+                opening = confirm.Asked(given.seeds, given.against, given.again, given.paper_mode, given.gpus_per_trial)
+                print(confirm.confirm_study(given.study, places, opening))
         return DONE
 
     return status_of(run)

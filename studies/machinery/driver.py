@@ -1,10 +1,13 @@
 """A study from its declaration to its last trial: all is checked at the door, then Tune works through the ledger."""
 
 import logging
+import math
 import os
+import shutil
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,19 +17,26 @@ from typing import Any
 import ray
 import torch
 from ray import tune
+from ray.tune import TuneError
 
-from hdml_core.config import Config, Settings, to_settings
+from hdml_core.config import Config, to_settings
 from hdml_core.datasets import Dataset, data_root, validation_fold
 from hdml_core.frozen import open_data
 from hdml_core.training import new_run
-from studies.machinery.ledger import Ledger, LedgerError, Row, open_storage, set_aside
+from studies.machinery.disk import DiskCap
+from studies.machinery.lease import Lease
+from studies.machinery.ledger import ATTEMPTS, CHECKPOINTS, PRICE, Ledger, Row, best_points, set_aside, spent
 from studies.machinery.progress import Progress
 from studies.machinery.records import FINISHED, TAG_COMMIT, TAG_DATA, TAG_RECIPE, Kind, trial_id
-from studies.machinery.search import Interrupt, LedgerScheduler, LedgerSearch, Series
+from studies.machinery.samplers import PARTS
+from studies.machinery.search import Interrupt, LedgerScheduler, LedgerSearch, Series, StopAll
 from studies.machinery.space import to_json
+from studies.machinery.storage import LedgerError, Storage, open_storage
 from studies.machinery.study import Study
 from studies.machinery.tracking import Recorder
-from studies.machinery.trial import Job, run_job
+from studies.machinery.tracking import set_aside as set_experiment_aside
+from studies.machinery.trial import run_job
+from studies.machinery.worker import Job, as_worker
 
 RAY_HABITS = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -73,52 +83,85 @@ class Places:
             tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{out}/mlflow.db"),
         )
 
-    def recorder(self, experiment: str) -> Recorder:
-        """A recorder for the experiment; where no server keeps MLflow's files, they are kept here."""
+    def recorder(self, study: str, study_id: str) -> Recorder:
+        """A recorder of the study; where no server keeps MLflow's files, they are kept here."""
+        return Recorder(self.tracking_uri, study, study_id, self.out / study / "spool", self.artifacts)
+
+    @property
+    def artifacts(self) -> Path | None:
+        """Where MLflow's files are kept; None where a server keeps them."""
         served = self.tracking_uri.startswith(("http:", "https:", "databricks"))
-        return Recorder(self.tracking_uri, experiment, None if served else self.out / "mlruns")
+        return None if served else self.out / "mlruns"
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What each trial gets, and how many of them fit."""
+    """What each trial gets, how many of them fit, and which share of a node each takes."""
 
     cpus: int
     gpus: float
     at_once: int
+    node_share: float
 
 
-def run_study(study: Study, places: Places, fresh: bool = False) -> dict[Kind, Ledger]:
+class Budget:
+    """What a study may still spend: time of this driver, and GPU-hours and money of all its drivers so far."""
+
+    def __init__(self, study: Study, plan: Sequence[Series], resources: Resources) -> None:
+        self._deadline = time.monotonic() + 3600 * study.hours
+        self._study = study
+        self._price = price_per_hour(study, resources)
+        self._plan = plan
+
+    def may_begin(self) -> bool:
+        """Whether another trial may be begun."""
+        if time.monotonic() >= self._deadline:
+            return False
+        if self._study.gpu_hours == self._study.max_cost == math.inf:
+            return True
+        seconds, gpu_seconds = spent(row for series in self._plan for row in series.ledger.rows())
+        return gpu_seconds / 3600 < self._study.gpu_hours and seconds / 3600 * self._price < self._study.max_cost
+
+
+def price_per_hour(study: Study, resources: Resources) -> float:
+    """What an hour of a trial costs."""
+    return study.node_price * resources.node_share
+
+
+def run_study(
+    study: Study,
+    places: Places,
+    *,
+    fresh: bool = False,
+    join: bool = False,
+    retry_failed: bool = False,
+    warm_start: str | None = None,
+) -> dict[Kind, Ledger]:
     """Run what is left of the study's budget, floor and baseline first; return its ledgers.
 
-    Raises ConfigError, DataError, LedgerError or TrackerError, with nothing begun, for what can be known beforehand,
-    and KeyboardInterrupt where it was interrupted, all states saved.
+    Raises ConfigError, DataError, LedgerError, LeaseError or TrackerError, with nothing begun, for what can be known
+    beforehand, and KeyboardInterrupt where it was interrupted, all states saved.
     """
     dataset = prepare(study.config(), places.root)
-    if fresh:
-        put_aside(study.name, places)
-    ledgers = open_ledgers(study, places, floor=dataset.kind == "features")
-    ledgers["search"].settle(terms(study, dataset), study.space)
-    ledgers["search"].enqueue(study.first_points())
-    with recording(places, study, ledgers["search"], dataset) as recorder:
-        resources = start_ray(study)
-        configs: Mapping[Kind, Callable[[Settings], Config]] = {
-            "floor": study.config,
-            "baseline": lambda _: study.baseline_config(),
-            "search": study.config,
-        }
-        folder = places.out / study.name
-        plan = [
-            Series(
-                kind,
-                ledger,
-                study.trials if kind == "search" else 1,
-                study.goal,
-                jobs(kind, configs[kind], places, folder / FOLDERS[kind], resources),
-            )
-            for kind, ledger in ledgers.items()
-        ]
-        execute(plan, recorder, resources, folder, study.hours)
+    storage = open_storage(places.ledger_url)
+    points = [*study.first_points(), *best_points(storage, warm_start, study.space)]
+    with Lease(storage.engine, study.name, join) as lease:
+        if fresh:
+            put_aside(storage, study.name, places)
+        ledgers = open_ledgers(study, storage, lease, floor=dataset.kind == "features")
+        search = ledgers["search"]
+        search.settle(terms(study, dataset), study.space)
+        search.enqueue(points)
+        if retry_failed:
+            search.enqueue_failed()
+        with recording(places, study, search, dataset) as recorder:
+            resources = start_ray(study)
+            search.note(PRICE, price_per_hour(study, resources))
+            plan = [
+                series(study, kind, ledger, places.root, places.out / study.name, resources)
+                for kind, ledger in ledgers.items()
+            ]
+            execute(study, plan, recorder, resources, places.out / study.name)
     return ledgers
 
 
@@ -134,21 +177,24 @@ def prepare(config: Config, root: Path) -> Dataset:
     return dataset
 
 
-def open_ledgers(study: Study, places: Places, floor: bool) -> dict[Kind, Ledger]:
+def open_ledgers(study: Study, storage: Storage, lease: Lease, floor: bool) -> dict[Kind, Ledger]:
     """Open the study's ledgers in the order in which their trials run; a floor is for features given beforehand."""
-    storage = open_storage(places.ledger_url)
+    directions = list(study.goals.values())
     ledgers: dict[Kind, Ledger] = {}
     if floor:
-        ledgers["floor"] = Ledger(storage, f"{study.name}.floor", {}, direction=study.direction)
+        ledgers["floor"] = Ledger(storage, f"{study.name}.floor", {}, lease, directions=directions)
     if study.baseline is not None:
-        ledgers["baseline"] = Ledger(storage, f"{study.name}.baseline", {}, direction=study.direction)
+        ledgers["baseline"] = Ledger(storage, f"{study.name}.baseline", {}, lease, directions=directions)
+    parts = len(study.parts())
     ledgers["search"] = Ledger(
         storage,
         study.name,
         study.space,
-        direction=study.direction,
+        lease,
+        directions=directions,
         sampler=study.sampler,
         pruner=study.pruner,
+        steps=parts if study.pruner in PARTS else parts * study.config().optim.epochs,
         seed=study.seed,
     )
     return ledgers
@@ -159,8 +205,9 @@ def terms(study: Study, dataset: Dataset) -> dict[str, Any]:
     return {
         "settings": study.fixed(),
         "baseline": dict(study.baseline) if study.baseline is not None else None,
-        "goal": study.goal,
-        "direction": study.direction,
+        "goals": dict(study.goals),
+        "folds": study.folds,
+        "seeds": study.seeds,
         "data": dataset.digest,
         "question": study.question,
         "base": dict(study.base),
@@ -168,21 +215,20 @@ def terms(study: Study, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def put_aside(name: str, places: Places) -> None:
-    """Rename all that there is of a study to NAME@TIME: its folder, its experiment, and last its ledgers."""
+def put_aside(storage: Storage, name: str, places: Places) -> None:
+    """Rename all that there is of a study to NAME@TIME: its experiment, its folder, and last its ledgers."""
     aside = f"{name}@{datetime.now():%Y-%m-%dT%H-%M-%S}"
+    set_experiment_aside(places.tracking_uri, name, aside)
     folder = places.out / name
     if folder.exists():
         folder.rename(folder.with_name(aside))
-    places.recorder(name).set_aside(aside)
-    set_aside(open_storage(places.ledger_url), name, aside)
+    set_aside(storage, name, aside)
 
 
 def recording(places: Places, study: Study, ledger: Ledger, dataset: Dataset) -> Recorder:
-    """Open the study's experiment and its parent run, which the ledger remembers."""
-    tags = {TAG_COMMIT: commit(), TAG_DATA: dataset.digest, TAG_RECIPE: study.config().recipe}
-    recorder = places.recorder(study.name)
-    ledger.note("mlflow_run", recorder.open(study.name, study.question, tags, ledger.notes.get("mlflow_run")))
+    """Open the study's record."""
+    recorder = places.recorder(study.name, ledger.identity())
+    recorder.open(study.question, {TAG_COMMIT: commit(), TAG_DATA: dataset.digest, TAG_RECIPE: study.config().recipe})
     return recorder
 
 
@@ -196,54 +242,77 @@ def start_ray(study: Study) -> Resources:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     there = ray.cluster_resources()
     gpus = study.gpus_per_trial if there.get("GPU", 0) > 0 else 0.0
-    fit = int(there["CPU"] // study.cpus_per_trial)
-    if gpus:
-        fit = min(fit, int(there["GPU"] / gpus))
-    return Resources(study.cpus_per_trial, gpus, at_once=max(1, min(fit, study.parallel)))
+    shares = [study.cpus_per_trial / there["CPU"]] + ([gpus / there["GPU"]] if gpus else [])
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return Resources(
+        study.cpus_per_trial,
+        gpus,
+        at_once=max(1, min(int(1 / max(shares)), study.parallel)),
+        node_share=min(1.0, max(shares) * nodes),
+    )
 
 
-def jobs(
-    kind: Kind, config: Callable[[Settings], Config], places: Places, folder: Path, resources: Resources
-) -> Callable[[Row], Job]:
-    """What a row of the ledger has to run."""
-    return lambda row: Job(
+def series(study: Study, kind: Kind, ledger: Ledger, root: Path, folder: Path, resources: Resources) -> Series:
+    """The study's trials of one kind."""
+
+    def job(row: Row) -> Job:
+        config = study.baseline_config() if kind == "baseline" else study.config(row.params)
+        return Job(
+            kind,
+            row.number,
+            row.notes[ATTEMPTS],
+            to_settings(config),
+            study.parts(),
+            root,
+            Path(row.notes.get(CHECKPOINTS, folder / FOLDERS[kind] / trial_id(row.number))),
+            resources.cpus,
+            resources.gpus,
+            60 * study.hang_minutes,
+        )
+
+    return Series(
         kind,
-        row.number,
-        to_settings(config(row.params)),
-        places.root,
-        folder / trial_id(row.number),
-        resources.cpus,
-        resources.gpus,
+        ledger,
+        study.trials if kind == "search" else 1,
+        list(study.goals),
+        job,
+        study.limits if kind == "search" else {},
+        study.max_attempts,
+        steps_are_parts=study.pruner in PARTS,
     )
 
 
 def execute(
+    study: Study,
     plan: Sequence[Series],
     recorder: Recorder,
     resources: Resources,
     folder: Path,
-    hours: float,
     run: Callable[[Any], None] = run_job,
 ) -> None:
     """Have Tune run what the plan's ledgers still lack.
 
-    Raises KeyboardInterrupt after a Ctrl-C, once everything is stopped and saved; a second one does not wait.
+    Raises KeyboardInterrupt after a Ctrl-C or a SIGTERM, once everything is stopped and saved, a second one does not
+    wait; LeaseLostError or LedgerError where the ledger can't be written any longer.
     """
     done = sum(row.state in FINISHED for series in plan for row in series.ledger.rows())
-    progress = Progress(done, sum(series.trials for series in plan), plan[-1].goal)
+    progress = Progress(done, sum(series.trials for series in plan), plan[-1].goals[0])
     interrupt = Interrupt()
+    cap = DiskCap(study.disk_gb)
+    tune_folder = folder / "tune" / uuid.uuid4().hex
 
     def stop(signum: int, frame: Any) -> None:
-        interrupt.event.set()
-        signal.signal(signal.SIGINT, before)
+        interrupt.asked.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         tune.Tuner(
-            tune.with_resources(run, {"cpu": resources.cpus, "gpu": resources.gpus}),
+            tune.with_resources(as_worker(run), {"cpu": resources.cpus, "gpu": resources.gpus}),
             tune_config=tune.TuneConfig(
-                search_alg=LedgerSearch(plan, time.monotonic() + 3600 * hours),
-                scheduler=LedgerScheduler(plan, recorder, progress),
+                search_alg=LedgerSearch(plan, Budget(study, plan, resources).may_begin, interrupt),
+                scheduler=LedgerScheduler(plan, recorder, progress, interrupt, cap.keep),
                 num_samples=-1,
                 max_concurrent_trials=resources.at_once,
                 reuse_actors=True,
@@ -251,16 +320,17 @@ def execute(
                 trial_dirname_creator=_trial_name,
             ),
             run_config=tune.RunConfig(
-                name=f"{datetime.now():%Y-%m-%dT%H-%M-%S}",
-                storage_path=str(folder / "tune"),
-                stop=interrupt,
-                verbose=0,
+                name=tune_folder.name, storage_path=str(tune_folder.parent), stop=StopAll(interrupt), verbose=0
             ),
         ).fit()
+    except TuneError as error:
+        raise interrupt.failure or error from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         progress.close()
-    if interrupt.event.is_set():
+        shutil.rmtree(tune_folder, ignore_errors=True)
+    if interrupt.asked.is_set():
         raise KeyboardInterrupt
 
 

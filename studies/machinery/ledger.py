@@ -1,35 +1,55 @@
 """The one truth about trials: which exist, with what parameters, and how they ended. An Optuna study, told no lies.
 
 A row is RUNNING from the moment it is asked for until it ends COMPLETE, PRUNED or FAIL, once. Ending a row is the
-last thing done about a trial: whatever a fault cut short before is done again when the row is adopted.
-Only the driver writes.
+last thing done about a trial: whatever a fault cut short before is done again when the row is adopted. Only drivers
+write, each under its lease, and each write may be made twice: a database that goes away in the middle is waited for,
+and the write is made again.
 """
 
+import difflib
+import functools
 import json
-import sqlite3
-from collections.abc import Iterable, Mapping
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
-import numpy as np
 import optuna
-from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError
 
-from hdml_core.config import ConfigError, Setting
-from studies.machinery.records import Direction, State
-from studies.machinery.space import Space, from_json, suggest, widens
+from hdml_core.config import Setting
+from studies.machinery.lease import Lease
+from studies.machinery.records import FINISHED, GPU_SECONDS, SECONDS, Direction, State
+from studies.machinery.samplers import exhausted, make_pruner, make_sampler
+from studies.machinery.space import Space, active, contains, from_json, suggest, widens
+from studies.machinery.storage import LedgerError, Storage, first_line
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
+OUTAGE = 3600.0
+"""Seconds for which a database that is gone is waited for, while the workers go on as far as they can."""
 
-class LedgerError(ConfigError):
-    """A ledger that can't be opened, or that holds something else than was asked for."""
+# Notes of a study.
+TERMS, STUDY_ID, OPENINGS, PRICE = "terms", "id", "openings", "price_per_trial_hour"
+# Notes of a row.
+OWNER, ATTEMPTS, CRASHES, REASON, METRICS, SPENT, MLFLOW_RUN, CHECKPOINTS, RETRY_OF = (
+    "owner",
+    "attempts",
+    "crashes",
+    "reason",
+    "metrics",
+    "spent",
+    "mlflow_run",
+    "checkpoints",
+    "retry_of",
+)
+
+COMPARED = ("baseline", "goals", "folds", "seeds", "data")
+"""Terms of a study, beside its settings and its space, that may not change once it was begun."""
 
 
 class Row(NamedTuple):
@@ -38,59 +58,91 @@ class Row(NamedTuple):
     number: int
     params: dict[str, Setting]
     state: State
-    value: float | None
+    values: tuple[float, ...]
+    """What it reached of each goal, once COMPLETE; what it had last told of the first, once PRUNED."""
     reports: dict[int, float]
-    """The goal after each epoch."""
+    """The first goal after each step: after each epoch, or of each part, by the pruner."""
     notes: dict[str, Any]
     began: datetime
-    seconds: float
+
+    @property
+    def value(self) -> float | None:
+        """What it reached of the first goal."""
+        return self.values[0] if self.values else None
+
+    @property
+    def seconds(self) -> float:
+        """Work that went into it, in seconds, over all attempts that were not lost."""
+        return float(self.notes.get(SPENT, {}).get(SECONDS, 0.0))
 
 
-def tpe(seed: int) -> BaseSampler:
-    """Tree-structured Parzen estimator over all parameters jointly; running trials count as bad ones."""
-    return TPESampler(seed=seed, n_startup_trials=8, multivariate=True, constant_liar=True)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-SAMPLERS = {"tpe": tpe, "random": RandomSampler}
-PRUNERS: Mapping[str, BasePruner] = {
-    "none": NopPruner(),
-    "median": MedianPruner(n_startup_trials=4, n_warmup_steps=2),
-    "halving": SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
-}
+def patient(method: Callable[P, R]) -> Callable[P, R]:
+    """Have a method of the ledger wait for a database that is gone, and begin anew when it is back."""
+
+    @functools.wraps(method)
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        deadline = time.monotonic() + OUTAGE
+        told = False
+        while True:
+            try:
+                return method(*args, **kwargs)
+            except (OperationalError, InterfaceError, StorageInternalError) as error:
+                if time.monotonic() > deadline:
+                    raise LedgerError(f"the ledger was gone for {OUTAGE:.0f} s: {first_line(error)}") from error
+                if not told:
+                    print(f"the ledger does not answer, waiting for it: {first_line(error)}", file=sys.stderr)
+                told = True
+                time.sleep(1)
+
+    return waiting
 
 
-COMPARED = ("baseline", "goal", "direction", "data")
-"""Terms of a study, beside its settings and its space, that may not change once it was begun."""
+def studies(storage: Storage) -> list[str]:
+    """The names of the studies that there are, their siblings such as NAME.baseline left out."""
+    return sorted(name for name in optuna.get_all_study_names(storage) if "." not in name)
 
 
-def open_storage(url: str) -> RDBStorage:
-    """Open a database of ledgers, making its schema where it has none.
-
-    Raises LedgerError where the address is malformed or nobody answers there.
-    """
-    try:
-        address = make_url(url)
-        if address.get_backend_name() == "sqlite" and address.database:
-            _write_ahead(Path(address.database))
-        patience = {"timeout": 60} if address.get_backend_name() == "sqlite" else {"connect_timeout": 10}
-        return RDBStorage(url, engine_kwargs={"connect_args": patience})
-    except (SQLAlchemyError, ImportError, OSError, sqlite3.Error) as error:
-        reason = str(error).splitlines()[0]
-        raise LedgerError(f"the ledger {_without_password(url)} can't be opened: {reason}") from error
-
-
-def existing(storage: RDBStorage, name: str) -> "Ledger":
+def existing(storage: Storage, name: str) -> "Ledger":
     """Open a study that has been run.
 
     Raises LedgerError, with the names that there are, where it has not.
     """
-    names = [known for known in optuna.get_all_study_names(storage) if "." not in known]
-    if name not in names:
-        raise LedgerError(f"no study {name!r} in the ledger: it has [{', '.join(sorted(names))}]")
+    known = studies(storage)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise LedgerError(f"no study {name!r} in the ledger: it has [{', '.join(known)}]{hint}")
     return Ledger(storage, name, {})
 
 
-def set_aside(storage: RDBStorage, name: str, aside: str) -> None:
+def best_points(storage: Storage, name: str | None, space: Space, most: int = 4) -> list[dict[str, Setting]]:
+    """The best points of another study that the space has, the best first: where a search may begin warm.
+
+    Raises LedgerError where there is no such study, or none of its points lies in the space.
+    """
+    if name is None:
+        return []
+    other = existing(storage, name)
+    points = [active(space, row.params) for row in other.ranked()]
+    found = [point for point in points if contains(space, point)][:most]
+    if not found:
+        raise LedgerError(
+            f"study {name!r} has no COMPLETE trial in this study's space [{', '.join(space)}] to start from"
+        )
+    return found
+
+
+def spent(rows: Iterable[Row]) -> tuple[float, float]:
+    """Seconds of work and seconds of GPUs that went into the trials."""
+    notes = [row.notes.get(SPENT, {}) for row in rows]
+    return sum(note.get(SECONDS, 0.0) for note in notes), sum(note.get(GPU_SECONDS, 0.0) for note in notes)
+
+
+def set_aside(storage: Storage, name: str, aside: str) -> None:
     """Rename a study of the ledger, and its siblings with it."""
     for old in optuna.get_all_study_names(storage):
         if old == name or old.startswith(f"{name}."):
@@ -104,45 +156,55 @@ def set_aside(storage: RDBStorage, name: str, aside: str) -> None:
 
 
 class Ledger:
-    """One study's rows. Makes the study where there is none."""
+    """One study's rows. Makes the study where there is none. Without a lease it is for reading."""
 
     def __init__(
         self,
-        storage: RDBStorage,
+        storage: Storage,
         name: str,
         space: Space,
+        lease: Lease | None = None,
         *,
-        direction: Direction = "maximize",
+        directions: Sequence[Direction] = ("maximize",),
         sampler: str = "random",
         pruner: str = "none",
+        steps: int = 1,
         seed: int = 0,
     ) -> None:
+        """`steps` is how often a trial reports at most."""
         self.name = name
         self.space = space
-        self._sampler = SAMPLERS[sampler]
+        self._lease = lease
+        self._storage = storage
+        self._sampler = functools.partial(make_sampler, sampler, space, seed)
         self._seed = seed
         self._study = optuna.create_study(
             storage=storage,
             study_name=name,
-            direction=direction,
-            pruner=PRUNERS[pruner],
-            sampler=self._sampler(seed),
+            directions=directions,
+            pruner=make_pruner(pruner, steps),
+            sampler=self._sampler(0),
             load_if_exists=True,
         )
         self._live: dict[int, optuna.Trial] = {}
 
     @property
+    @patient
     def notes(self) -> dict[str, Any]:
         """What was noted of the study as a whole."""
         return self._study.user_attrs
 
+    @patient
     def note(self, name: str, value: Any) -> None:
         """Note something of the study as a whole."""
         self._study.set_user_attr(name, value)
 
+    @patient
     def note_of(self, number: int, name: str, value: Any) -> None:
-        """Note something of a trial in hand."""
-        self._live[number].set_user_attr(name, value)
+        """Note something of a trial in hand, unless it is noted already."""
+        trial = self._live[number]
+        if trial.user_attrs.get(name) != value:
+            trial.set_user_attr(name, value)
 
     def settle(self, terms: Mapping[str, Any], space: Space) -> None:
         """Note on what terms the study's trials stand side by side; a later driver may only widen the space.
@@ -150,7 +212,7 @@ class Ledger:
         Raises LedgerError with the difference where the study was begun on other terms.
         """
         terms = json.loads(json.dumps(terms))
-        begun = self.notes.get("terms")
+        begun = self.notes.get(TERMS)
         if begun is not None:
             changes = _changes(begun, terms)
             if not widens(space, from_json(begun["space"])):
@@ -160,70 +222,149 @@ class Ledger:
                     f"study {self.name!r} was begun on other terms: {'; '.join(changes)}. "
                     "Give --name OTHER to keep both, or --fresh to put the old study aside"
                 )
-        self.note("terms", terms)
+        self.note(TERMS, terms)
 
+    def identity(self) -> str:
+        """What tells this study from all others, also of its name, wherever it is recorded."""
+        if STUDY_ID not in self.notes:
+            self.note(STUDY_ID, uuid.uuid4().hex)
+        return str(self.notes[STUDY_ID])
+
+    @patient
     def enqueue(self, points: Iterable[Mapping[str, Setting]]) -> None:
         """Have these points tried first; those that are in the ledger already are not tried again."""
         for point in points:
             self._study.enqueue_trial(dict(point), skip_if_exists=True)
 
+    @patient
+    def enqueue_failed(self) -> int:
+        """Have the trials tried again that FAILed for want of a living worker; return how many.
+
+        They get numbers of their own, and the old ones do not count any longer. A trial whose own doing it was, such
+        as a loss that is not finite, would only FAIL again.
+        """
+        again = [trial for trial in self._counted() if trial.state == TrialState.FAIL and CRASHES in trial.user_attrs]
+        for trial in again:
+            self._study.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number})
+        return len(again)
+
     def rows(self) -> list[Row]:
         """All trials that were ever begun, by number."""
-        return [_row(trial) for trial in self._trials() if trial.state != TrialState.WAITING]
+        return [_row(trial) for trial in self._begun()]
 
     def row(self, number: int) -> Row:
         """One trial."""
         return _row(self._trials()[number])
 
     def best(self) -> Row:
-        """The finished trial with the best value.
+        """The finished trial with the best value; of several goals, the best by the first of the Pareto front.
 
-        Raises LedgerError where none is COMPLETE.
+        Raises LedgerError where none is COMPLETE within the limits.
         """
-        if not any(trial.state == TrialState.COMPLETE for trial in self._trials()):
-            raise LedgerError(f"study {self.name!r} has no COMPLETE trial yet: run it further")
-        return _row(self._study.best_trial)
+        front = self.front()
+        if not front:
+            raise LedgerError(
+                f"study {self.name!r} has no COMPLETE trial within its limits yet: run it further, or raise a limit"
+            )
+        return min(front, key=self._order)
 
+    def ranked(self) -> list[Row]:
+        """The COMPLETE trials within their limits, the best by the first goal first."""
+        complete = [t for t in self._trials() if t.state == TrialState.COMPLETE and _within_limits(t)]
+        return sorted(map(_row, complete), key=self._order)
+
+    def _order(self, row: Row) -> tuple[float, int]:
+        sign = -1 if self._study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
+        return sign * row.values[0], row.number
+
+    @patient
+    def front(self) -> list[Row]:
+        """The finished trials that no other is better than in every goal, those above a limit left out."""
+        complete = [trial for trial in self._trials() if trial.state == TrialState.COMPLETE]
+        if not any(_within_limits(trial) for trial in complete):
+            return []
+        return [_row(trial) for trial in self._study.best_trials]
+
+    @patient
     def next(self, trials: int) -> Row | None:
-        """Take a trial in hand: one that a driver before this one left RUNNING, else a new one; None at `trials`."""
-        begun = [trial for trial in self._trials() if trial.state != TrialState.WAITING]
-        left = [t for t in begun if t.state == TrialState.RUNNING and t.number not in self._live]
-        # A sampler of its own for every number: a study that was interrupted draws what it would have drawn.
-        entropy = np.random.SeedSequence([self._seed, left[0].number if left else len(begun)])
-        self._study.sampler = self._sampler(int(entropy.generate_state(1)[0]))
-        if left:
-            trial = optuna.Trial(self._study, left[0]._trial_id)
-        elif len(begun) < trials:
-            trial = self._study.ask()
-        else:
-            return None
-        self._live[trial.number] = trial
+        """Take a trial in hand: one that nobody has and that is RUNNING, else a new one; None at `trials`."""
+        assert self._lease is not None  # who only reads takes none
+        with self._lease.turn():
+            living = self._lease.others()
+            begun = self._begun()
+            left = [
+                trial
+                for trial in begun
+                if trial.state == TrialState.RUNNING
+                and trial.number not in self._live
+                and trial.user_attrs.get(OWNER) not in living
+            ]
+            self._study.sampler = self._sampler(left[0].number if left else len(begun))
+            if left:
+                trial = optuna.Trial(self._study, left[0]._trial_id)
+            elif len(self._counted()) < trials and not exhausted(self._study.sampler, self._study):
+                trial = self._study.ask()
+            else:
+                return None
+            trial.set_user_attr(OWNER, self._lease.token)
         suggest(trial, self.space)
-        trial.set_user_attr("attempts", trial.user_attrs.get("attempts", 0) + 1)
-        return self.row(trial.number)
+        trial.set_user_attr(ATTEMPTS, trial.user_attrs.get(ATTEMPTS, 0) + 1)
+        self._live[trial.number] = trial
+        return self._held(trial.number)
 
+    def release(self, number: int, crash: str | None = None) -> None:
+        """Let go of a trial that is to be taken in hand again; a crash is noted with its reason."""
+        if crash is not None:
+            self.note_of(number, CRASHES, [*self._live[number].user_attrs.get(CRASHES, []), crash])
+        del self._live[number]
+
+    @patient
     def report(self, number: int, step: int, value: float) -> None:
-        """Write down the goal after a step; each step is taken once."""
-        if step not in self.row(number).reports:
+        """Write down the goal after a step; each step is taken once. Of several goals Optuna keeps no reports."""
+        if len(self._study.directions) == 1 and step not in self._held(number).reports:
             self._live[number].report(value, step)
 
+    @patient
     def should_prune(self, number: int, step: int) -> bool:
         """Whether the pruner gives the trial up at this step; steps before its last reported one are past."""
-        return step >= max(self.row(number).reports, default=step) and self._live[number].should_prune()
+        reports = self._held(number).reports
+        return bool(reports) and step >= max(reports) and self._live[number].should_prune()
 
-    def end(self, number: int, state: State, value: float | None = None, **notes: Any) -> Row:
-        """End a trial as COMPLETE with its value, as PRUNED, or as FAIL."""
+    @patient
+    def end(self, number: int, state: State, values: Sequence[float] = (), **notes: Any) -> Row:
+        """End a trial as COMPLETE with its values, as PRUNED, or as FAIL."""
         trial = self._live[number]
-        for name, noted in notes.items():
-            trial.set_user_attr(name, noted)
-        ended = self._study.tell(trial, value, TrialState[state])
+        if self._held(number).state not in FINISHED:
+            for name, noted in notes.items():
+                trial.set_user_attr(name, noted)
+            self._study.tell(trial, list(values) or None, TrialState[state], skip_if_finished=True)
+        ended = self._held(number)
         del self._live[number]
-        return _row(ended)
+        return ended
 
-    def in_hand(self, number: int) -> bool:
-        """Whether the trial was taken by this driver and has not ended."""
-        return number in self._live
+    def in_hand(self, number: int | None = None) -> bool:
+        """Whether the trial, or any, was taken by this driver and has not ended."""
+        return bool(self._live) if number is None else number in self._live
 
+    @patient
+    def limit(self, number: int, excesses: Mapping[str, float]) -> None:
+        """Note by how much a trial is above each limit; at most 0 is within it."""
+        for name, excess in excesses.items():
+            self._live[number].set_constraint(name, excess)
+
+    def _held(self, number: int) -> Row:
+        return _row(self._storage.get_trial(self._live[number]._trial_id))
+
+    def _begun(self) -> list[FrozenTrial]:
+        return [trial for trial in self._trials() if trial.state != TrialState.WAITING]
+
+    def _counted(self) -> list[FrozenTrial]:
+        """The trials that count toward the budget: those that FAILed and are tried again do not."""
+        trials = self._trials()
+        retried = {trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs}
+        return [trial for trial in trials if trial.state != TrialState.WAITING and trial.number not in retried]
+
+    @patient
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
@@ -239,29 +380,16 @@ def _changes(begun: Mapping[str, Any], terms: Mapping[str, Any]) -> list[str]:
 
 def _row(trial: FrozenTrial) -> Row:
     assert trial.datetime_start is not None  # only a WAITING trial has none
-    duration = trial.duration
     return Row(
         trial.number,
         dict(trial.params),
         cast(State, trial.state.name),
-        trial.value,
+        tuple(trial.values or ()),
         dict(trial.intermediate_values),
         dict(trial.user_attrs),
         trial.datetime_start,
-        duration.total_seconds() if duration else 0.0,
     )
 
 
-def _write_ahead(path: Path) -> None:
-    """Let readers of a SQLite ledger, such as a dashboard, never keep the driver waiting."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")
-    connection.close()
-
-
-def _without_password(url: str) -> str:
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return url
+def _within_limits(trial: FrozenTrial) -> bool:
+    return all(excess <= 0 for excess in trial.constraints.values())

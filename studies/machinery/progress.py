@@ -3,12 +3,12 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from studies.machinery.ledger import Ledger, Row
+from studies.machinery.ledger import METRICS, PRICE, REASON, Ledger, Row, spent
 from studies.machinery.records import QUALITIES, TEST, VALIDATION, Kind, run_name, short, trial_id
 from studies.machinery.space import contains
 from studies.machinery.study import Study
@@ -23,12 +23,18 @@ class Progress:
 
     def ended(self, kind: Kind, row: Row) -> None:
         """Say how a trial ended."""
-        said = f"{self._goal} {row.value:.4f}" if row.value is not None else row.notes.get("reason", "")
+        said = f"{self._goal} {row.value:.4f}" if row.value is not None else row.notes.get(REASON, "")
         self._bar.write(
             f"{run_name(kind, row.number, row.params):<34} {row.state:<8} {row.seconds:6.1f} s  {said}",
             file=sys.stdout,
         )
         self._bar.update()
+
+    def crashed(self, kind: Kind, number: int, reason: str) -> None:
+        """Say that a trial has to be tried again, and why."""
+        self._bar.write(
+            f"{run_name(kind, number, {}) or trial_id(number)}: to be tried again: {reason}", file=sys.stderr
+        )
 
     def close(self) -> None:
         """Take the bar away."""
@@ -43,7 +49,7 @@ def summary(study: Study, ledgers: Mapping[Kind, Ledger], tracking_uri: str, out
     }
     if contains(study.space, study.published()):
         named["published point"] = next((row for row in rows if row.params == study.published()), None)
-    complete = any(row.state == "COMPLETE" for row in rows)
+    complete = bool(ledgers["search"].ranked())
     named["best"] = ledgers["search"].best() if complete else None
     parts = [name.rpartition(".")[2] for name in study.space]
     lines = []
@@ -51,13 +57,15 @@ def summary(study: Study, ledgers: Mapping[Kind, Ledger], tracking_uri: str, out
         if row is not None:
             params = [short(row.params[setting]) if row.params else "" for setting in study.space]
             lines.append([name, trial_id(row.number) if row.params else "", *params, *_qualities(row), row.state])
-    states = Counter(row.state for row in rows)
     said = ["", table(["", "trial", *parts, *QUALITIES, "state"], lines), ""]
     floor = named.get("floor")
     if floor is not None and floor.state == "COMPLETE":
-        recall = floor.notes["metrics"][f"{TEST}/{QUALITIES[0]}"]
+        recall = floor.notes[METRICS][f"{TEST}/{QUALITIES[0]}"]
         said.append(f"floor on the test classes: {QUALITIES[0]} {recall:.4f}")
-    said.append(f"{len(rows)} of {study.trials} trials: " + ", ".join(f"{n} {state}" for state, n in states.items()))
+    said.append(f"{len(rows)} of {study.trials} trials: {states(rows)}")
+    if len(study.goals) > 1:
+        said.append("Pareto front: " + ", ".join(trial_id(row.number) for row in ledgers["search"].front()))
+    said += spending(ledgers.values())
     elsewhere = "" if out == Path("runs").absolute() else f" --out {os.path.relpath(out)}"
     said.append(f"look:  {_look(tracking_uri)}   (experiment {study.name})")
     if complete:
@@ -65,8 +73,43 @@ def summary(study: Study, ledgers: Mapping[Kind, Ledger], tracking_uri: str, out
     return "\n".join(said)
 
 
+def states(rows: Sequence[Row]) -> str:
+    """How many trials are in each state."""
+    return ", ".join(f"{n} {state}" for state, n in Counter(row.state for row in rows).items()) or "none"
+
+
+def spending(ledgers: Iterable[Ledger]) -> list[str]:
+    """What a study has spent, in all, for each trial, and for each point of its first goal gained over its baseline.
+
+    A point is a hundredth of the goal. The search comes last of the ledgers, the baseline before it.
+    """
+    *before, search = ledgers
+    rows = [row for ledger in (*before, search) for row in ledger.rows()]
+    seconds, gpu_seconds = spent(rows)
+    if not seconds:
+        return []
+    price = search.notes.get(PRICE, 0.0)
+    points = _gain(before, search)
+
+    def share(of: float, what: str) -> str:
+        money = f", cost {price * seconds / 3600 / of:.2f}" if price else ""
+        return f"{what} {seconds / 3600 / of:.3f} h of work, {gpu_seconds / 3600 / of:.3f} GPU-h{money}"
+
+    said = ["spent: " + share(1, "in all") + "; " + share(len(rows), "each trial")]
+    if points > 0:
+        said[0] += "; " + share(points, "each point gained")
+    return said
+
+
+def _gain(before: Sequence[Ledger], search: Ledger) -> float:
+    """Points that the best trial is ahead of the best of what came before the search; 0 where there is none."""
+    rivals = [ledger.ranked()[0].values[0] for ledger in before if ledger.ranked()]
+    best = [row.values[0] for row in search.ranked()[:1]]
+    return 100 * (best[0] - max(rivals)) if best and rivals else 0.0
+
+
 def _qualities(row: Row) -> list[str]:
-    metrics = row.notes.get("metrics", {})
+    metrics = row.notes.get(METRICS, {})
     found = [metrics.get(f"{VALIDATION}/{name}") for name in QUALITIES]
     return ["" if value is None else f"{value:.4f}" for value in found]
 

@@ -24,28 +24,42 @@ RUN_STATUS: Mapping[State, str] = {
 }
 """Status of an MLflow run once nobody works on its trial; a row still RUNNING was interrupted and will be resumed."""
 
-Kind = Literal["search", "baseline", "floor", "confirm"]
+Kind = Literal["search", "baseline", "floor", "confirm", "paper"]
+"""What a trial is of: the search, its baseline, the floor under both, the sealed test classes, or those test classes
+looked at after every epoch, as published numbers mostly were."""
 
 # Metrics are split/name.
 TRAIN = "train"
 HARDNESS = "hardness"
 VALIDATION = "validation"
+PART = "part"
+"""Validation of one fold and seed, where a trial has several; `validation/...` is then the mean of those that ended."""
 TEST = "test"
+PAPER = "paper"
+"""The test classes again, at the epoch that they themselves chose: the published way, and no honest number."""
 SECONDS = "cost/seconds"
 GPU_SECONDS = "cost/gpu_seconds"
 PEAK_MEMORY = "cost/peak_memory_mb"
+HELD_MEMORY = "cost/held_memory_mb"
+"""What the worker held when it told the epoch; from one trial to the next it must not grow."""
 
 LOSSES = ("j_m", "j_syn", "j_metric", "j_recon", "j_soft", "j_gen", "j_class")
 HARDNESS_TRACE = ("j_avg", "j_gen_avg", "kept", "w_real", "lambda_0_mean", "pulled_share")
 QUALITIES = ("recall_at_1", "map_at_r", "nmi", "f1")
 """What tables show of a split, in their order."""
-GOALS = tuple(f"{VALIDATION}/{name}" for name in (*QUALITIES, "r_precision"))
+VALIDATED = tuple(f"{VALIDATION}/{name}" for name in (*QUALITIES, "r_precision"))
+COSTS = (SECONDS, GPU_SECONDS, PEAK_MEMORY)
+GOALS = (*VALIDATED, *COSTS)
+"""What a study may pursue: the first of its goals is one of VALIDATED."""
 
 TRACE_POINTS = 2000
 """At most so many points of each metric's per-step trace are kept of a trial."""
 
 # Tags of an MLflow run.
+TAG_STUDY = "study_id"
 TAG_TRIAL = "trial"
+TAG_ATTEMPT = "attempt"
+TAG_DRIVER = "driver"
 TAG_KIND = "kind"
 TAG_STATE = "state"
 TAG_REASON = "reason"
@@ -54,16 +68,27 @@ TAG_DATA = "data_digest"
 TAG_RECIPE = "recipe"
 TAG_DEVICE = "device"
 TAG_HOST = "host"
+TAG_SET_ASIDE = "checkpoint_set_aside"
+"""Where checkpoints went that could not be read; the trial began anew."""
 
 
 class Record(NamedTuple):
-    """What a trial says after an epoch: the one message from a worker to ledger and recorder."""
+    """What a trial says after an epoch: the one message from a worker to ledger and recorder.
+
+    Epochs, steps and seconds are counted over all parts of the trial, its folds and seeds one after another; when an
+    epoch is told a second time they are the same.
+    """
 
     epoch: int
     step: int
     seconds: float
-    """Of work since the trial began, its resumptions included; the same when the epoch is told a second time."""
+    """Of work since the trial began, its resumptions included."""
     metrics: Mapping[str, float]
+    part: int
+    """Which fold and seed, counted from 0."""
+    part_qualities: Mapping[str, float]
+    """What this part alone reached, by the names in VALIDATED."""
+    ends_part: bool
     trace: Mapping[str, tuple[tuple[int, float], ...]]
     """(step, value) points by metric."""
     tags: Mapping[str, str]
@@ -82,14 +107,17 @@ def training_metrics(report: "EpochReport") -> dict[str, float]:
     return {f"{TRAIN}/{name}": value for name, value in report.losses.items()}
 
 
-def hardness_trace(report: "EpochReport", epochs: int) -> dict[str, tuple[tuple[int, float], ...]]:
+def hardness_trace(
+    report: "EpochReport", epochs: int, steps_before: int = 0
+) -> dict[str, tuple[tuple[int, float], ...]]:
     """Name an epoch's hardness by step, thinned so that `epochs` such epochs keep within TRACE_POINTS.
 
-    An average is infinite until its first window closes; there is nothing to plot of it before.
+    Steps are counted on from `steps_before`. An average is infinite until its first window closes; there is nothing to
+    plot of it before.
     """
     points = {}
     for name, values in report.trace.items():
-        first = report.step - len(values)
+        first = steps_before + report.step - len(values)
         every = math.ceil(len(values) * epochs / TRACE_POINTS)
         points[f"{HARDNESS}/{name}"] = tuple(
             (first + i + 1, value) for i, value in enumerate(values) if (first + i) % every == 0 and value != math.inf
@@ -130,5 +158,5 @@ def run_name(kind: Kind, number: int, params: Mapping[str, object]) -> str:
     >>> run_name("search", 7, {"hdml.alpha": 90.0}), run_name("floor", 0, {})
     ('0007 alpha=90', 'floor')
     """
-    prefix = {"search": "", "confirm": "confirm "}.get(kind, kind)
+    prefix = {"search": "", "confirm": "confirm ", "paper": "paper "}.get(kind, kind)
     return f"{prefix}{trial_id(number)} {describe(params)}" if params else prefix

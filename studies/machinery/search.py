@@ -1,13 +1,13 @@
 """The ledger as Ray Tune's searcher and scheduler: Tune executes, the ledger decides.
 
-Every report takes the same way, in the same order: the recorder, the ledger, the decision. A trial ends in the
-recorder first and in the ledger last, so that a driver killed anywhere in between leaves it RUNNING, to be adopted.
+Every report takes the same way, in the same order: the recorder's log, the ledger, the decision. A trial ends in the
+log first and in the ledger last, so that a driver killed anywhere in between leaves it RUNNING, to be adopted.
 """
 
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from studies.machinery.ledger import Ledger, Row
+from studies.machinery.lease import LeaseLostError
+from studies.machinery.ledger import CHECKPOINTS, CRASHES, METRICS, MLFLOW_RUN, REASON, SPENT, Ledger, Row
 from studies.machinery.progress import Progress
-from studies.machinery.records import Kind, Record, State
+from studies.machinery.records import GPU_SECONDS, SECONDS, Kind, Record, State
+from studies.machinery.storage import LedgerError
 from studies.machinery.tracking import Recorder
-from studies.machinery.trial import Job
+from studies.machinery.worker import HOPELESS, FreshProcessError, Job
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,29 @@ class Series:
     kind: Kind
     ledger: Ledger
     trials: int
-    goal: str
+    goals: Sequence[str]
     job: Callable[[Row], Job]
+    limits: Mapping[str, float] = field(default_factory=dict)
+    max_attempts: int = 1
+    steps_are_parts: bool = False
+    """Whether the ledger hears of every part as it ends, and not of every epoch."""
+
+
+class Interrupt:
+    """Why a study has to stop before its end: it was asked to, or the ledger could no longer be written."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.failure: Exception | None = None
+
+    @contextmanager
+    def on_failure(self) -> Iterator[None]:
+        """Keep what a ledger raises: Tune makes text of it."""
+        try:
+            yield
+        except (LedgerError, LeaseLostError) as error:
+            self.failure = error
+            raise
 
 
 class Stateless:
@@ -46,22 +69,24 @@ class Stateless:
 class LedgerSearch(Stateless, Searcher):  # type: ignore[misc]
     """Give Tune the trials of each series in turn: those left RUNNING first, then new ones until its number is full.
 
-    None begins after the deadline, a time of `time.monotonic`; those that run then run to their end.
+    Where `may_begin` says no, nothing new is begun; what was begun still runs to its end.
     """
 
-    def __init__(self, plan: Sequence[Series], deadline: float) -> None:
+    def __init__(self, plan: Sequence[Series], may_begin: Callable[[], bool], interrupt: Interrupt) -> None:
         super().__init__()
         self._plan = plan
-        self._deadline = deadline
+        self._may_begin = may_begin
+        self._interrupt = interrupt
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Return a Tune config with the job of the next trial, or FINISHED."""
-        if time.monotonic() < self._deadline:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return a Tune config with the job of the next trial; None while one in hand may yet come back; FINISHED."""
+        with self._interrupt.on_failure():
+            new = self._may_begin()
             for series in self._plan:
-                row = series.ledger.next(series.trials)
+                row = series.ledger.next(series.trials if new else 0)
                 if row is not None:
                     return {"job": series.job(row)}
-        return str(Searcher.FINISHED)
+        return None if any(series.ledger.in_hand() for series in self._plan) else str(Searcher.FINISHED)
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Nothing: the scheduler has told the ledger."""
@@ -73,73 +98,125 @@ class LedgerSearch(Stateless, Searcher):  # type: ignore[misc]
 class LedgerScheduler(Stateless, FIFOScheduler):  # type: ignore[misc]
     """Take every report to recorder and ledger, and stop what the ledger's pruner gives up."""
 
-    def __init__(self, plan: Sequence[Series], recorder: Recorder, progress: Progress) -> None:
+    def __init__(
+        self,
+        plan: Sequence[Series],
+        recorder: Recorder,
+        progress: Progress,
+        interrupt: Interrupt,
+        ended: Callable[[Series, Row], None],
+    ) -> None:
         super().__init__()
         self._series = {series.kind: series for series in plan}
         self._recorder = recorder
         self._progress = progress
+        self._interrupt = interrupt
+        self._ended = ended
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Open the trial's run, or open it again."""
-        job, ledger = self._of(trial)
-        run_id = self._recorder.begin(job.kind, ledger.row(job.number), job.settings)
-        ledger.note_of(job.number, "mlflow_run", run_id)
+        with self._interrupt.on_failure():
+            job, series = self._of(trial)
+            self._recorder.begin(job.kind, series.ledger.row(job.number), job.settings)
+            series.ledger.note_of(job.number, CHECKPOINTS, str(job.folder))
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
         """Write the record down; stop the trial where that was its last, or where it is given up."""
-        job, ledger = self._of(trial)
-        record: Record = result["record"]
-        goal = record.metrics.get(self._series[job.kind].goal)
-        self._recorder.log(job.kind, job.number, record)
-        if goal is not None:
-            ledger.report(job.number, record.epoch, goal)
-        if record.last:
-            self._end(trial, "COMPLETE", goal, metrics=dict(record.metrics))
-        elif goal is not None and ledger.should_prune(job.number, record.epoch):
-            self._end(trial, "PRUNED", None, metrics=dict(record.metrics))
-        else:
-            return str(TrialScheduler.CONTINUE)
-        return str(TrialScheduler.STOP)
+        with self._interrupt.on_failure():
+            job, series = self._of(trial)
+            record: Record = result["record"]
+            self._recorder.log(job.kind, job.number, record)
+            self._note(job, series.ledger, record)
+            step = _step(series, record)
+            if step is not None:
+                series.ledger.report(job.number, step, record.part_qualities[series.goals[0]])
+            if record.last:
+                excesses = {name: record.metrics[name] - bound for name, bound in series.limits.items()}
+                series.ledger.limit(job.number, excesses)
+                values = [record.metrics[goal] for goal in series.goals]
+                self._end(trial, "COMPLETE", {METRICS: dict(record.metrics)}, values)
+            elif step is not None and series.ledger.should_prune(job.number, step):
+                self._end(trial, "PRUNED", {METRICS: dict(record.metrics)})
+            else:
+                return str(TrialScheduler.CONTINUE)
+            return str(TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> None:
         """Fail a trial that returned before its last epoch."""
-        job, ledger = self._of(trial)
-        if ledger.in_hand(job.number):
-            self._end(trial, "FAIL", None, reason="the trial returned before its last epoch")
+        with self._interrupt.on_failure():
+            job, series = self._of(trial)
+            if series.ledger.in_hand(job.number):
+                self._end(trial, "FAIL", {REASON: "the trial returned before its last epoch"})
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """Fail a trial that raised, or whose worker died, with the reason."""
-        self._end(trial, "FAIL", None, reason=_reason(trial))
+        """Have a trial tried again that may do better in another worker; fail it, with the reason, otherwise."""
+        with self._interrupt.on_failure():
+            job, series = self._of(trial)
+            error = _cause(trial)
+            reason = f"hung: told nothing for {job.hang_seconds:.0f} s, see {job.hung}" if _hung(job) else _line(error)
+            crashes = [*series.ledger.row(job.number).notes.get(CRASHES, []), reason]
+            if isinstance(error, FreshProcessError):
+                series.ledger.release(job.number)
+            elif isinstance(error, HOPELESS):
+                self._end(trial, "FAIL", {REASON: reason})
+            elif len(crashes) < series.max_attempts:
+                series.ledger.release(job.number, crash=reason)
+                self._progress.crashed(job.kind, job.number, reason)
+            else:
+                self._end(trial, "FAIL", {REASON: reason, CRASHES: crashes})
 
-    def _end(self, trial: Trial, state: State, value: float | None, **notes: Any) -> None:
-        job, ledger = self._of(trial)
-        self._recorder.end(job.kind, job.number, state, notes.get("reason", ""))
-        row = ledger.end(job.number, state, value, **notes)
+    def _note(self, job: Job, ledger: Ledger, record: Record) -> None:
+        ledger.note_of(job.number, SPENT, {SECONDS: record.seconds, GPU_SECONDS: record.metrics[GPU_SECONDS]})
+        run_id = self._recorder.run_id(job.kind, job.number)
+        if run_id is not None:
+            ledger.note_of(job.number, MLFLOW_RUN, run_id)
+
+    def _end(self, trial: Trial, state: State, notes: Mapping[str, Any], values: Sequence[float] = ()) -> None:
+        job, series = self._of(trial)
+        self._recorder.end(job.kind, job.number, state, notes.get(REASON, ""))
+        row = series.ledger.end(job.number, state, values, **notes)
         self._progress.ended(job.kind, row)
+        self._ended(series, row)
 
-    def _of(self, trial: Trial) -> tuple[Job, Ledger]:
+    def _of(self, trial: Trial) -> tuple[Job, Series]:
         job: Job = trial.config["job"]
-        return job, self._series[job.kind].ledger
+        return job, self._series[job.kind]
 
 
-class Interrupt(Stateless, Stopper):  # type: ignore[misc]
-    """Stop everything where it is, once set; the ledger keeps what runs as RUNNING."""
+class StopAll(Stateless, Stopper):  # type: ignore[misc]
+    """Stop everything where it is, once asked to; the ledger keeps what runs as RUNNING."""
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
+    def __init__(self, interrupt: Interrupt) -> None:
+        self._interrupt = interrupt
 
     def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        """Whether it is set."""
-        return self.event.is_set()
+        """Whether it was asked for."""
+        return self._interrupt.asked.is_set()
 
 
-def _reason(trial: Trial) -> str:
-    """What the trial raised, or what became of its worker, in a line."""
+def _step(series: Series, record: Record) -> int | None:
+    """Which step of the ledger's a record is, if it is one."""
+    if series.goals[0] not in record.part_qualities:
+        return None
+    if not series.steps_are_parts:
+        return record.epoch
+    return record.part if record.ends_part else None
+
+
+def _cause(trial: Trial) -> BaseException:
+    """What the trial raised, or what became of its worker."""
     with Path(trial.pickled_error_file).open("rb") as file:
         error = cloudpickle.load(file)
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    lines = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {lines[0]}"
+    return error.cause if isinstance(error, RayTaskError) else error
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _hung(job: Job) -> bool:
+    return job.hung.exists() and job.hung.stat().st_size > 0

@@ -1,13 +1,16 @@
-"""What a search may try of a setting, as plain declarations."""
+"""What a search may try of a setting, as plain declarations.
+
+A setting with a `when` is searched only where the choices named there, which stand before it, were drawn as it says.
+"""
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
-import optuna
+from optuna.trial import BaseTrial
 
-from hdml_core.config import ConfigError, Setting
+from hdml_core.config import ConfigError, Setting, Settings
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class Uniform:
 
     low: float
     high: float
+    when: Settings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_range(self)
@@ -27,6 +31,7 @@ class LogUniform:
 
     low: float
     high: float
+    when: Settings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_range(self)
@@ -40,6 +45,7 @@ class Integer:
 
     low: int
     high: int
+    when: Settings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_range(self)
@@ -50,6 +56,7 @@ class Choice:
     """One of some values without an order."""
 
     values: tuple[bool | int | float | str, ...]
+    when: Settings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.values:
@@ -61,10 +68,30 @@ Space = Mapping[str, Dimension]
 KINDS: Mapping[str, type[Dimension]] = {kind.__name__: kind for kind in (Uniform, LogUniform, Integer, Choice)}
 
 
-def suggest(trial: optuna.Trial, space: Space) -> dict[str, Setting]:
-    """Draw every setting of the space, or repeat what the trial has drawn before."""
+def check_space(space: Space) -> None:
+    """Raise ConfigError where a `when` asks for what no search of the space meets."""
+    earlier: dict[str, Dimension] = {}
+    for name, dimension in space.items():
+        for condition, value in dimension.when.items():
+            if condition not in earlier:
+                raise ConfigError(
+                    f"{name} is searched when {condition} is {value!r}, which must be searched before it: "
+                    f"before it stand [{', '.join(earlier)}]"
+                )
+            if not isinstance(earlier[condition], Choice | Integer) or not _holds(earlier[condition], value):
+                raise ConfigError(
+                    f"{name} is searched when {condition} is {value!r}, which must be a value that a Choice or an "
+                    f"Integer takes: {condition} is {earlier[condition]}"
+                )
+        earlier[name] = dimension
+
+
+def suggest(trial: BaseTrial, space: Space) -> dict[str, Setting]:
+    """Draw every setting that is active in the space, or repeat what the trial has drawn before."""
     drawn: dict[str, Setting] = {}
     for name, dimension in space.items():
+        if not dimension.when.items() <= drawn.items():
+            continue
         match dimension:
             case Uniform(low, high):
                 drawn[name] = trial.suggest_float(name, low, high)
@@ -82,22 +109,42 @@ def ends(dimension: Dimension) -> tuple[Setting, ...]:
     return dimension.values if isinstance(dimension, Choice) else (dimension.low, dimension.high)
 
 
-def contains(space: Space, point: Mapping[str, Setting]) -> bool:
-    """Whether a search of the space could come upon the point."""
+def active(space: Space, point: Settings) -> dict[str, Setting]:
+    """What of a point is searched: without the settings that are not in the space, or not active at the point."""
+    searched: dict[str, Setting] = {}
     for name, dimension in space.items():
-        value = point[name]
-        if isinstance(dimension, Choice):
-            within = value in dimension.values
-        else:
-            within = isinstance(value, int | float) and dimension.low <= value <= dimension.high
-        if not within:
-            return False
-    return True
+        if name in point and dimension.when.items() <= searched.items():
+            searched[name] = point[name]
+    return searched
+
+
+def contains(space: Space, point: Settings) -> bool:
+    """Whether a search of the space could come upon the point; settings that are not active at it do not matter."""
+    searched = active(space, point)
+    return all(
+        name in searched and _holds(dimension, searched[name])
+        for name, dimension in space.items()
+        if dimension.when.items() <= searched.items()
+    )
+
+
+def quantile(dimension: Dimension, share: float) -> Setting:
+    """The value that a share in [0, 1] of the dimension lies below: its low end at 0, its high end at 1."""
+    match dimension:
+        case Uniform(low, high):
+            value = low * (1 - share) + high * share
+        case LogUniform(low, high):
+            value = low ** (1 - share) * high**share
+        case Integer(low, high):
+            value = low + int(share * (high - low + 1))
+        case Choice(values):
+            return values[min(int(share * len(values)), len(values) - 1)]
+    return min(max(value, low), high)  # rounding may lead out by a hair
 
 
 def widens(new: Space, old: Space) -> bool:
     """Whether all that `old` may give lies in `new`, so that trials of both can stand side by side."""
-    return new.keys() == old.keys() and all(_holds(new[name], old[name]) for name in new)
+    return new.keys() == old.keys() and all(_widens(new[name], old[name]) for name in new)
 
 
 def to_json(space: Space) -> dict[str, dict[str, object]]:
@@ -110,16 +157,28 @@ def from_json(written: Mapping[str, Mapping[str, Any]]) -> dict[str, Dimension]:
     space: dict[str, Dimension] = {}
     for name, fields in written.items():
         of_kind: type[Dimension] = KINDS[fields["kind"]]
-        values = {key: value for key, value in fields.items() if key != "kind"}
-        space[name] = of_kind(**({"values": tuple(values["values"])} if of_kind is Choice else values))
+        declared: dict[str, Any] = {key: value for key, value in fields.items() if key != "kind"}
+        if of_kind is Choice:
+            declared["values"] = tuple(declared["values"])
+        space[name] = of_kind(**declared)
     return space
 
 
-def _holds(new: Dimension, old: Dimension) -> bool:
+def _holds(dimension: Dimension, value: Setting) -> bool:
+    match dimension:
+        case Choice(values):
+            return value in values
+        case Integer(low, high):
+            return isinstance(value, int) and low <= value <= high
+        case _:
+            return isinstance(value, int | float) and dimension.low <= value <= dimension.high
+
+
+def _widens(new: Dimension, old: Dimension) -> bool:
     # Optuna can't compare trials of different choices.
     if isinstance(new, Choice) or isinstance(old, Choice):
         return new == old
-    return type(new) is type(old) and new.low <= old.low and old.high <= new.high
+    return type(new) is type(old) and new.when == old.when and new.low <= old.low and old.high <= new.high
 
 
 def _check_range(dimension: Uniform | LogUniform | Integer) -> None:

@@ -1,172 +1,223 @@
-"""The recorder: a study as an MLflow experiment, one parent run, a child run for every trial. Lives in the driver.
+"""The recorder: what happens to a study and its trials, on its way into MLflow. Lives in the driver.
 
-A point's time is its trial's begin plus the seconds of work until then, so that a point sent a second time is the
-same row of MLflow's database; epochs that a run has already are not sent again.
+All is written into the spool, and nothing ever waits for more than that. A thread sends it on from there, for as long
+as it takes; what a driver leaves unsent the next one sends first, or `python -m studies sync` does.
 """
 
-import logging
-import os
+import sys
+import threading
+import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-import mlflow
-from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
+from hdml_core.config import Setting
+from studies.machinery.experiment import Experiment, Machine, TrackerError, now
+from studies.machinery.ledger import ATTEMPTS, Row
+from studies.machinery.records import RUN_STATUS, TAG_ATTEMPT, Kind, Record, State, run_name
+from studies.machinery.spool import REFUSED, Event, Spool, refused
 
-from hdml_core.config import ConfigError, Setting
-from studies.machinery.ledger import Row
-from studies.machinery.records import (
-    RUN_STATUS,
-    SECONDS,
-    TAG_KIND,
-    TAG_REASON,
-    TAG_STATE,
-    TAG_TRIAL,
-    Kind,
-    Record,
-    State,
-    run_name,
-    trial_id,
-)
-
-for _name in ("mlflow", "alembic"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
-# MLflow's own patience with a server that does not answer is four minutes, before anything is said.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-
-BATCH = 1000
-"""Points that MLflow takes in one call."""
-SYSTEM_METRICS_EVERY = 5
+CHUNK = 100
+"""Events that are sent before that is noted."""
+LOOK_EVERY, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds between two looks at the spool, and at most between two tries where nobody answers."""
+LAST_TRIES, STALLED = 2, 30.0
+"""At a driver's end, tries without an answer, or seconds without progress, until the rest is left for later."""
+OBSERVE_EVERY = 5.0
 """Seconds between two looks at the machine."""
-
-
-class TrackerError(ConfigError):
-    """A tracker that can't be reached, or an address that is none."""
 
 
 class Recorder:
     """Writes one study's trials to MLflow. As a context, once opened, it leaves no run RUNNING."""
 
-    def __init__(self, uri: str, experiment: str, artifacts: Path | None = None) -> None:
-        """Open the experiment; make MLflow's schema and the experiment where they are missing.
+    def __init__(self, uri: str, study: str, study_id: str, folder: Path, artifacts: Path | None = None) -> None:
+        """`folder` is where the spool is kept; for the rest see Experiment, and what it raises."""
+        self._experiment = Experiment(uri, study, study_id, artifacts)
+        self._study = study
+        self._folder = folder
+        self._driver = uuid.uuid4().hex
+        self._in_hand: dict[tuple[Kind, int], int] = {}
+        self._over = threading.Event()
+        self._closed = threading.Event()
+        self._observer = threading.Thread(target=self._observe, name="observer", daemon=True)
+        self._sender = threading.Thread(target=self._send, name="sender", daemon=True)
 
-        Raises TrackerError where nothing answers at `uri`.
+    def open(self, question: str, tags: Mapping[str, str]) -> None:
+        """Open the study's run, a new one or that of earlier drivers, and begin to send. Every run gets the tags.
+
+        Raises TrackerError where the spool can't be written.
         """
-        self._uri = uri
-        try:
-            self._client = mlflow.MlflowClient(uri)
-            found = self._client.get_experiment_by_name(experiment)
-            place = f"{artifacts.as_uri()}/{experiment}" if artifacts else None
-            self.experiment: str = found.experiment_id if found else self._client.create_experiment(experiment, place)
-        except (MlflowException, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise TrackerError(f"MLflow at {uri} can't be used: {reason}") from error
-        self._tags: dict[str, str] = {}
-        self._live: dict[tuple[Kind, int], Run] = {}
-        self._recorded: dict[str, set[int]] = {}
-
-    def set_aside(self, name: str) -> None:
-        """Rename the experiment, its runs ended; the recorder is of no use after that."""
-        for run in self._running():
-            self._client.set_terminated(run.info.run_id, RUN_STATUS["RUNNING"])
-        self._client.rename_experiment(self.experiment, name)
-
-    def open(self, name: str, question: str, tags: Mapping[str, str], run_id: str | None) -> str:
-        """Open the parent run, a new one or that of earlier drivers; return its id. Every run gets the tags."""
         self._tags = dict(tags)
-        self._left = {
-            (run.data.tags[TAG_KIND], run.data.tags[TAG_TRIAL]): run.info.run_id
-            for run in self._running()
-            if TAG_TRIAL in run.data.tags
-        }
-        if run_id is None:
-            run = self._client.create_run(self.experiment, run_name=name, tags={**tags, MLFLOW_RUN_NOTE: question})
-            run_id = run.info.run_id
-        else:
-            self._client.update_run(run_id, "RUNNING")
-        self._parent = run_id
-        self._monitor = SystemMetricsMonitor(
-            run_id, sampling_interval=SYSTEM_METRICS_EVERY, resume_logging=True, tracking_uri=self._uri
-        )
-        self._monitor.start()
-        return run_id
+        try:
+            left, living = Spool.left(self._folder)
+            self._own = Spool.begin(self._folder)
+        except OSError as error:
+            raise TrackerError(f"the spool {self._folder} can't be written: {error.strerror}") from error
+        for each in left:
+            say_last_words(each, living)
+        self._spools = [*left, self._own]
+        self._write("open", driver=self._driver, question=question, tags=self._tags, time=now())
+        self._observer.start()
+        self._sender.start()
 
-    def begin(self, kind: Kind, row: Row, settings: Mapping[str, Setting]) -> str:
-        """Open the trial's run, a new one or the one that it had; return its id."""
-        adopted = row.notes["attempts"] > 1
-        # A driver killed before it noted the run's id left the run RUNNING, under the trial's tags.
-        left = self._left.get((kind, trial_id(row.number))) if adopted else None
-        run_id = row.notes.get("mlflow_run", left)
-        if run_id is None:
-            tags = {
-                **self._tags,
-                TAG_KIND: kind,
-                TAG_TRIAL: trial_id(row.number),
-                TAG_STATE: "RUNNING",
-                MLFLOW_PARENT_RUN_ID: self._parent,
-            }
-            name = run_name(kind, row.number, row.params)
-            run = self._client.create_run(self.experiment, _milliseconds(row), tags, name)
-            params = [Param(name, str(value)) for name, value in settings.items()]
-            self._client.log_batch(run.info.run_id, params=params)
-        else:
-            self._client.update_run(run_id, "RUNNING")
-            run = self._client.get_run(run_id)
-        history = self._client.get_metric_history(run.info.run_id, SECONDS) if adopted else []
-        self._recorded[run.info.run_id] = {point.step for point in history}
-        self._live[kind, row.number] = run
-        return str(run.info.run_id)
+    def begin(self, kind: Kind, row: Row, settings: Mapping[str, Setting]) -> None:
+        """Open the trial's run, a new one or the one that it had."""
+        self._in_hand[kind, row.number] = row.notes[ATTEMPTS]
+        self._write(
+            "begin",
+            driver=self._driver,
+            kind=kind,
+            number=row.number,
+            attempt=row.notes[ATTEMPTS],
+            time=int(1000 * row.began.timestamp()),
+            name=run_name(kind, row.number, row.params),
+            tags=self._tags,
+            params={name: str(value) for name, value in settings.items()},
+        )
 
     def log(self, kind: Kind, number: int, record: Record) -> None:
-        """Send a record's metrics and trace, unless the run has that epoch."""
-        run = self._live[kind, number]
-        recorded = self._recorded[run.info.run_id]
-        if record.step in recorded:
-            return
-        time = run.info.start_time + int(1000 * record.seconds)
-        points = [Metric(name, value, time, step) for name, trace in record.trace.items() for step, value in trace]
-        # SECONDS comes last: a run that has it has the whole epoch.
-        ordered = sorted(record.metrics.items(), key=lambda metric: metric[0] == SECONDS)
-        points += [Metric(name, value, time, record.step) for name, value in ordered]
-        tags = [RunTag(name, value) for name, value in record.tags.items()]
-        for first in range(0, len(points), BATCH):
-            self._client.log_batch(run.info.run_id, metrics=points[first : first + BATCH], tags=tags)
-        recorded.add(record.step)
+        """Log a record's metrics, trace and tags, unless the run has that epoch."""
+        self._write(
+            "log",
+            kind=kind,
+            number=number,
+            step=record.step,
+            seconds=record.seconds,
+            metrics=dict(record.metrics),
+            trace=dict(record.trace),
+            # An attempt is told as it begins.
+            tags={name: value for name, value in record.tags.items() if name != TAG_ATTEMPT},
+        )
 
     def end(self, kind: Kind, number: int, state: State, reason: str = "") -> None:
         """Give the trial's run its state, the reason if it failed, and its status."""
-        run_id = self._live.pop((kind, number)).info.run_id
-        tags = [RunTag(TAG_STATE, state)] + ([RunTag(TAG_REASON, reason)] if reason else [])
-        self._client.log_batch(run_id, tags=tags)
-        self._client.set_terminated(run_id, RUN_STATUS[state])
+        attempt = self._in_hand.pop((kind, number))
+        trial = {"kind": kind, "number": number, "attempt": attempt}
+        self._write("end", durable=True, **trial, state=state, reason=reason, time=now())
 
     def note(self, name: str, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
-        """Record what is no trial, in a run of its own."""
-        run = self._client.create_run(self.experiment, None, {**tags, MLFLOW_PARENT_RUN_ID: self._parent}, name)
-        points = [Metric(key, value, run.info.start_time, 0) for key, value in metrics.items()]
-        self._client.log_batch(run.info.run_id, points)
-        self._client.set_terminated(run.info.run_id)
+        """Record what is no trial, in a run of its own; once for each name."""
+        self._write("note", durable=True, name=name, tags=dict(tags), metrics=dict(metrics), time=now())
+
+    def run_id(self, kind: Kind, number: int) -> str | None:
+        """The run of a trial in hand, as soon as it is known."""
+        return self._experiment.run_ids.get((kind, number))
+
+    @property
+    def unsent(self) -> int:
+        """Events that MLflow has not taken yet."""
+        return sum(each.unsent for each in self._spools)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        """End the parent run truthfully, and every run that is still open as interrupted."""
-        self._monitor.finish()
-        for run in self._running():
-            if run.info.run_id != self._parent:
-                self._client.set_terminated(run.info.run_id, RUN_STATUS["RUNNING"])
+        """End the study's run truthfully, and the trials in hand as interrupted; send what can be sent."""
+        self._over.set()
+        self._observer.join()
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         status = "FINISHED" if kind is None else "KILLED" if interrupted else "FAILED"
-        self._client.set_terminated(self._parent, status)
+        self._own.append(_last_words(self._driver, status, self._in_hand, now()), durable=True)
+        self._closed.set()
+        while self._sender.is_alive():
+            before = self.unsent
+            self._sender.join(STALLED)
+            if self.unsent == before:
+                break
+        if self.unsent:
+            way_out = f"python -m studies sync {self._study}"
+            print(f"{self.unsent} events wait in {self._folder} for MLflow: {way_out}", file=sys.stderr)
+        if count := refused(self._folder):
+            print(f"{count} events that MLflow refused are kept in {self._folder / REFUSED}", file=sys.stderr)
 
-    def _running(self) -> list[Run]:
-        runs = self._client.search_runs([self.experiment], "attributes.status = 'RUNNING'")
-        return list(runs)
+    def _write(self, do: str, durable: bool = False, **said: Any) -> None:
+        self._own.append({"do": do, **said}, durable)
+
+    def _observe(self) -> None:
+        machine = Machine()
+        while not self._over.wait(OBSERVE_EVERY):
+            self._write("observe", metrics=machine.look(), time=now())
+
+    def _send(self) -> None:
+        failures = 0
+        while True:
+            last = self._closed.is_set()
+            try:
+                for each in self._spools:
+                    while forward(each, self._experiment):
+                        failures = 0
+                failures = 0
+            except (TrackerError, OSError) as error:
+                failures += 1
+                # The first may be no more than a connection that the server has closed meanwhile.
+                if failures == LAST_TRIES:
+                    print(f"{error}; what it misses is kept", file=sys.stderr)
+            if last and (not failures or failures >= LAST_TRIES):
+                break
+            (time.sleep if last else self._closed.wait)(min(LOOK_EVERY * 2**failures, LONGEST_PAUSE))
+        for each in self._spools:
+            each.close()
 
 
-def _milliseconds(row: Row) -> int:
-    return int(1000 * row.began.timestamp())
+def synchronise(uri: str, study: str, study_id: str, folder: Path, artifacts: Path | None = None) -> int:
+    """Send what drivers that are gone have left, and end the runs that they left RUNNING; return how many events.
+
+    A driver that lives is left to send what is its own. Raises TrackerError where nobody answers.
+    """
+    experiment = Experiment(uri, study, study_id, artifacts)
+    left, living = Spool.left(folder)
+    sent = 0
+    try:
+        for each in left:
+            say_last_words(each, living)
+            while count := forward(each, experiment):
+                sent += count
+    finally:
+        for each in left:
+            each.close()
+    if living:
+        print(f"{living} drivers of {study} are at work, and send what is theirs themselves", file=sys.stderr)
+    else:
+        experiment.end_running()
+    return sent
+
+
+def forward(spool: Spool, experiment: Experiment) -> int:
+    """Send a spool's next events, and note that; return how many there were. What is refused is set aside.
+
+    Raises TrackerError where they have to wait.
+    """
+    events = spool.read(CHUNK)
+    for event, reason in experiment.tell(events) if events else ():
+        spool.refuse(event, reason)
+    spool.acknowledge()
+    return len(events)
+
+
+def say_last_words(left: Spool, living: int) -> None:
+    """End what a driver had in hand that is gone without a word; the study too, where no other driver lives."""
+    in_hand: dict[tuple[Kind, int], int] = {}
+    driver, time = "", 0
+    for event in left.everything():
+        driver, time = event.get("driver", driver), event.get("time", time)
+        match event:
+            case {"do": "begin", "kind": kind, "number": number, "attempt": attempt}:
+                in_hand[kind, number] = attempt
+            case {"do": "end", "kind": kind, "number": number}:
+                in_hand.pop((kind, number), None)
+            case {"do": "close"}:
+                return
+    if time:
+        status = None if living else RUN_STATUS["RUNNING"]
+        left.append(_last_words(driver, status, in_hand, time), durable=True)
+
+
+def _last_words(driver: str, status: str | None, in_hand: Mapping[tuple[Kind, int], int], time: int) -> Event:
+    trials = [(kind, number, attempt) for (kind, number), attempt in in_hand.items()]
+    return {"do": "close", "driver": driver, "status": status, "in_hand": trials, "time": time}
+
+
+def set_aside(uri: str, study: str, aside: str) -> None:
+    """Rename the study's experiment, its runs ended."""
+    Experiment(uri, study, "").set_aside(aside)

@@ -1,23 +1,25 @@
 """One trial in a worker: a job in, a record after every epoch out. The core under Ray Tune.
 
-A trial begins with its checkpoint, if it has one, and tells again what it told before: a record that was lost on its
-way arrives then, and one that was not is recognised by its epoch.
+A trial is one training for each of its parts, its folds and seeds. It begins with its checkpoints, if it has any, and
+tells again what it told before: a record that was lost on its way arrives then, and one that was not is recognised by
+its epoch.
 """
 
 import platform
 import resource
+import statistics
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ray import tune
 from torch.nn.functional import normalize
 
 from hdml_core import checkpoint
-from hdml_core.config import Config, Setting, with_settings
+from hdml_core.config import Config, with_settings
 from hdml_core.datasets import LabelledSet, validation_fold
 from hdml_core.frozen import open_data
 from hdml_core.notation import EpochReport, RetrievalReport
@@ -25,10 +27,15 @@ from hdml_core.retrieval import evaluate_retrieval
 from hdml_core.training import Run, evaluate, fit, new_run
 from studies.machinery.records import (
     GPU_SECONDS,
+    HELD_MEMORY,
+    PAPER,
+    PART,
     PEAK_MEMORY,
     SECONDS,
+    TAG_ATTEMPT,
     TAG_DEVICE,
     TAG_HOST,
+    TAG_SET_ASIDE,
     TEST,
     VALIDATION,
     Kind,
@@ -37,109 +44,214 @@ from studies.machinery.records import (
     retrieval_metrics,
     training_metrics,
 )
+from studies.machinery.worker import Job, Tell, demand_ownership, in_time, memory_mb, take_over
+
+GPU_PATIENCE = 60
+"""Seconds for which a trial waits for another to give back the memory of the GPU that they share."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that a worker has to know of a trial."""
-
-    kind: Kind
-    number: int
-    settings: Mapping[str, Setting]
-    root: Path
-    """The data root."""
-    folder: Path
-    """Where the trial's checkpoints are kept."""
-    cpus: int
-    gpus: float
-
-    @property
-    def config(self) -> Config:
-        """The trial's run."""
-        return with_settings(Config(), self.settings)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the trial computes."""
-        return torch.device("cuda" if self.gpus > 0 else "cpu")
+class GpuBusyError(RuntimeError):
+    """Others hold the memory that the trial was promised."""
 
 
 def run_job(config: Mapping[str, Any]) -> None:
     """Run the job of a Tune config, reporting {"record": Record} after every epoch."""
     job: Job = config["job"]
     torch.set_num_threads(job.cpus)
-    TRIALS[job.kind](job)
+    if job.gpus > 0:
+        torch.cuda.reset_peak_memory_stats()
+        demand_gpu_memory(job.gpus)
+    take_over(job)
+    TRIALS[job.kind](job, in_time(job))
 
 
-def validated(job: Job) -> None:
-    """Train on all folds but one, and validate on that one after every epoch."""
-    config = job.config
-    dataset = open_data(config, job.root, job.device)
-    train, validation = validation_fold(dataset.train, config.data.folds, config.data.fold)
-    run = new_run(config, train, job.device)
+def demand_gpu_memory(share: float) -> None:
+    """Wait until the GPU has the trial's share of its memory free, and let the trial take no more than that.
 
-    def tell(report: EpochReport) -> None:
-        qualities = retrieval_metrics(VALIDATION, report.validation)
-        tune.report({"record": _record(job, run, report, qualities)})
+    Raises GpuBusyError where it does not come free in GPU_PATIENCE seconds.
+    """
+    wanted = 0.9 * min(share, 1.0)
+    torch.cuda.empty_cache()  # what this process's last trial left with torch is free, and must be seen to be
+    for _ in range(GPU_PATIENCE):
+        free, total = torch.cuda.mem_get_info()
+        if free >= wanted * total:
+            break
+        time.sleep(1)
+    else:
+        raise GpuBusyError(
+            f"a trial with {share:g} GPU must find {wanted:.0%} of the GPU's memory free, got {free / total:.0%} for "
+            f"{GPU_PATIENCE} s: end what else runs there, or give fewer trials a larger --gpus-per-trial"
+        )
+    if share < 1:
+        torch.cuda.set_per_process_memory_fraction(share)
 
-    _resume_and_fit(job, run, train, validation, tell)
+
+@dataclass(frozen=True)
+class Done:
+    """What the parts that ended have come to."""
+
+    epochs: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    qualities: tuple[Mapping[str, float], ...] = ()
 
 
-def sealed(job: Job) -> None:
+def validated(job: Job, tell: Tell) -> None:
+    """Train each part on all folds but its own, and validate on that one after every epoch."""
+    done = Done()
+    for part, changes in enumerate(job.parts):
+        config = with_settings(job.config, changes)
+        dataset = open_data(config, job.root, _device(job))
+        train, validation = validation_fold(dataset.train, config.data.folds, config.data.fold)
+        run = new_run(config, train, _device(job))
+
+        def qualities(report: EpochReport) -> dict[str, float]:
+            assert report.validation is not None  # a fold is held out
+            return retrieval_metrics(VALIDATION, report.validation)
+
+        done = _run_part(job, part, run, train, validation, qualities, tell, done)
+
+
+def sealed(job: Job, tell: Tell) -> None:
     """Train on all training classes, and look at the test classes once, at the end."""
     config = job.config
-    dataset = open_data(config, job.root, job.device)
-    run = new_run(config, dataset.train, job.device)
+    dataset = open_data(config, job.root, _device(job))
+    run = new_run(config, dataset.train, _device(job))
 
-    def tell(report: EpochReport) -> None:
+    def qualities(report: EpochReport) -> dict[str, float]:
         last = report.epoch == config.optim.epochs
-        qualities = retrieval_metrics(TEST, evaluate(run, dataset.test)) if last else {}
-        tune.report({"record": _record(job, run, report, qualities)})
+        return retrieval_metrics(TEST, evaluate(run, dataset.test)) if last else {}
 
-    # All training classes train here: what `fit` finds of a fold of them says nothing, and is not told.
-    _, seen = validation_fold(dataset.train, config.data.folds, config.data.fold)
-    _resume_and_fit(job, run, dataset.train, seen, tell)
+    _run_part(job, 0, run, dataset.train, None, qualities, tell, Done())
 
 
-def floor(job: Job) -> None:
-    """Measure the features that are given, nothing trained: what any embedding of them has to beat."""
+def as_published(job: Job, tell: Tell) -> None:
+    """Train on all training classes, and let the test classes choose the epoch, as most published numbers were made.
+
+    The same training gives the honest number too, that of its last epoch.
+    """
     config = job.config
-    dataset = open_data(config, job.root, job.device)
-    _, validation = validation_fold(dataset.train, config.data.folds, config.data.fold)
-    qualities = {
-        **retrieval_metrics(VALIDATION, _of_features(config, validation, job.device)),
-        **retrieval_metrics(TEST, _of_features(config, dataset.test, job.device)),
-    }
-    tune.report({"record": Record(1, 0, 0.0, qualities | _costs(job, 0.0), {}, _tags(job), last=True)})
+    dataset = open_data(config, job.root, _device(job))
+    run = new_run(config, dataset.train, _device(job))
+
+    def qualities(report: EpochReport) -> dict[str, float]:
+        looks = [earlier.validation for earlier in run.reports[: report.epoch] if earlier.validation is not None]
+        chosen = max(looks, key=lambda look: look.recall_at[config.retrieval.ks[0]])
+        last = retrieval_metrics(TEST, looks[-1]) if report.epoch == config.optim.epochs else {}
+        return retrieval_metrics(PAPER, chosen) | last
+
+    _run_part(job, 0, run, dataset.train, dataset.test, qualities, tell, Done())
 
 
-TRIALS = {"search": validated, "baseline": validated, "floor": floor, "confirm": sealed}
+def floor(job: Job, tell: Tell) -> None:
+    """Measure the features that are given, nothing trained: what any embedding of them has to beat."""
+    reached = []
+    for changes in job.parts:
+        config = with_settings(job.config, changes)
+        dataset = open_data(config, job.root, _device(job))
+        _, validation = validation_fold(dataset.train, config.data.folds, config.data.fold)
+        reached.append(retrieval_metrics(VALIDATION, _of_features(config, validation, _device(job))))
+    found = _means(reached)
+    test = retrieval_metrics(TEST, _of_features(job.config, dataset.test, _device(job)))
+    tell(
+        Record(
+            epoch=1,
+            step=0,
+            seconds=0.0,
+            metrics=found | test | _costs(job, 0.0),
+            part=0,
+            part_qualities=found,
+            ends_part=True,
+            trace={},
+            tags=_tags(job),
+            last=True,
+        )
+    )
 
 
-def _resume_and_fit(job: Job, run: Run, train: LabelledSet, validation: LabelledSet, tell: Any) -> None:
-    checkpoint.load(run, job.folder)
-    for report in list(run.reports):
-        tell(report)
+TRIALS: Mapping[Kind, Callable[[Job, Tell], None]] = {
+    "search": validated,
+    "baseline": validated,
+    "floor": floor,
+    "confirm": sealed,
+    "paper": as_published,
+}
+
+
+def _run_part(
+    job: Job,
+    part: int,
+    run: Run,
+    train: LabelledSet,
+    held_out: LabelledSet | None,
+    qualities: Callable[[EpochReport], dict[str, float]],
+    tell: Tell,
+    done: Done,
+) -> Done:
+    """Train one part from its checkpoint to its end, telling every epoch; return what has been done then."""
+    folder = job.folder / f"part-{part:02d}"
+    tags = _tags(job) | _restored(run, folder, job.attempt)
+    total = run.config.optim.epochs
+
+    own: dict[str, float] = {}
+
+    def told(report: EpochReport) -> None:
+        nonlocal own
+        own = qualities(report)
+        ends_part = report.epoch == total
+        seconds = done.seconds + sum(earlier.seconds for earlier in run.reports[: report.epoch])
+        tell(
+            Record(
+                epoch=done.epochs + report.epoch,
+                step=done.steps + report.step,
+                seconds=seconds,
+                metrics=training_metrics(report)
+                | (own if len(job.parts) == 1 else _over_parts((*done.qualities, own), ends_part))
+                | _costs(job, seconds),
+                part=part,
+                part_qualities=own,
+                ends_part=ends_part,
+                trace=hardness_trace(report, total * len(job.parts), done.steps),
+                tags=tags,
+                last=ends_part and part == len(job.parts) - 1,
+            )
+        )
 
     def save_and_tell(report: EpochReport) -> None:
-        checkpoint.save(run, job.folder)
-        tell(report)
+        demand_ownership(job)
+        checkpoint.save(run, folder)
+        told(report)
 
-    fit(run, train, validation, save_and_tell)
-
-
-def _record(job: Job, run: Run, report: EpochReport, qualities: dict[str, float]) -> Record:
-    epochs = run.config.optim.epochs
-    seconds = sum(earlier.seconds for earlier in run.reports[: report.epoch])
-    return Record(
-        report.epoch,
-        report.step,
-        seconds,
-        training_metrics(report) | qualities | _costs(job, seconds),
-        hardness_trace(report, epochs),
-        _tags(job),
-        last=report.epoch == epochs,
+    for report in list(run.reports):
+        told(report)
+    fit(run, train, held_out, save_and_tell)
+    return Done(
+        done.epochs + total,
+        done.steps + run.step,
+        done.seconds + sum(report.seconds for report in run.reports),
+        (*done.qualities, own),
     )
+
+
+def _restored(run: Run, folder: Path, attempt: int) -> dict[str, str]:
+    """Restore the run from its checkpoints, or leave it at its start where there are none that can be read."""
+    try:
+        checkpoint.load(run, folder)
+    except checkpoint.CheckpointError:
+        aside = folder.with_name(f"{folder.name}.unreadable-{attempt}")
+        folder.rename(aside)
+        return {TAG_SET_ASIDE: str(aside)}
+    return {}
+
+
+def _over_parts(reached: Sequence[Mapping[str, float]], ends_part: bool) -> dict[str, float]:
+    """What the latest part reached by itself, and, where it has ended, the mean over all parts so far."""
+    own = {f"{PART}/{name.partition('/')[2]}": value for name, value in reached[-1].items()}
+    return own | (_means(reached) if ends_part else {})
+
+
+def _means(reached: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.fmean(part[name] for part in reached) for name in reached[0]}
 
 
 def _costs(job: Job, seconds: float) -> dict[str, float]:
@@ -148,12 +260,22 @@ def _costs(job: Job, seconds: float) -> dict[str, float]:
     else:
         # Of the worker process, which trials share one after another; in KiB, on a Mac in bytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return {SECONDS: seconds, GPU_SECONDS: seconds * job.gpus, PEAK_MEMORY: peak}
+    held, gpu_held = memory_mb()
+    return {
+        SECONDS: seconds,
+        GPU_SECONDS: seconds * job.gpus,
+        PEAK_MEMORY: peak,
+        HELD_MEMORY: gpu_held if job.gpus > 0 else held,
+    }
+
+
+def _device(job: Job) -> torch.device:
+    return torch.device("cuda" if job.gpus > 0 else "cpu")
 
 
 def _tags(job: Job) -> dict[str, str]:
     device = torch.cuda.get_device_name() if job.gpus > 0 else "cpu"
-    return {TAG_DEVICE: device, TAG_HOST: platform.node()}
+    return {TAG_DEVICE: device, TAG_HOST: platform.node(), TAG_ATTEMPT: str(job.attempt)}
 
 
 def _of_features(config: Config, rows: LabelledSet, device: torch.device) -> RetrievalReport:

@@ -1,28 +1,60 @@
-"""Benchmarks: what our pieces cost beside a peer or a physical floor, measured in the same run.
+"""Benchmarks: what our pieces cost, or lose, beside a peer or a physical floor, measured in the same run.
 
-A benchmark is a module here with `run(quick) -> list[Row]`; nothing else has to be done. Machines are noisy and of all
-kinds, so what counts is the ratio of medians, never a time by itself.
+A benchmark is a module here with `run(quick)` that returns a list of Rows or Counts; nothing else has to be done.
+Machines are noisy and of all kinds, so what counts is the ratio of medians, never a time by itself.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from tests.conftest import ROOT
 
 
 class Row(NamedTuple):
-    """Our median time and the peer's, in seconds, over `repeats` alternating runs."""
+    """Our figure and the peer's in the same unit; of times, the medians over `repeats` alternating runs."""
 
     what: str
     ours: float
     peer_name: str
     peer: float
     repeats: int
+    unit: str = "s"
 
     @property
     def ratio(self) -> float:
-        """Ours over the peer's: below 1 is faster."""
+        """Ours over the peer's: below 1 is faster, or less."""
         return self.ours / self.peer
+
+    def __str__(self) -> str:
+        return f"{self.what:48} {self.ours:9.4g} {self.unit:2} {self.ratio:7.3f} x {self.peer_name}"
+
+    def record(self) -> dict[str, Any]:
+        """The row in plain types."""
+        return self._asdict() | {"ratio": self.ratio}
+
+
+class Count(NamedTuple):
+    """How often something happened to us and to the peer, over the same `rounds`."""
+
+    what: str
+    ours: int
+    peer_name: str
+    peer: int
+    rounds: int
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what:48} {self.ours:9} {self.peer:10} of {self.peer_name}{self.note and f': {self.note}'}"
+
+    def record(self) -> dict[str, Any]:
+        """The count in plain types."""
+        return self._asdict()
 
 
 def compare(what: str, ours: Callable[[], object], peer_name: str, peer: Callable[[], object], repeats: int) -> Row:
@@ -35,3 +67,10 @@ def compare(what: str, ours: Callable[[], object], peer_name: str, peer: Callabl
             if repeat:
                 taken.append(time.perf_counter() - begin)
     return Row(what, statistics.median(times[ours]), peer_name, statistics.median(times[peer]), repeats)
+
+
+def start_driver(out: Path, module: str, *arguments: object) -> psutil.Popen:
+    """Start a study's driver where no one else can reach its Ray; what it says goes to `driver.log` in its folder."""
+    command = [sys.executable, str(ROOT / "tests/isolated.py"), sys.executable, "-m", module, *map(str, arguments)]
+    with (out / "driver.log").open("w") as log:
+        return psutil.Popen(command, cwd=ROOT, stdout=log, stderr=log)

@@ -7,13 +7,14 @@ import os
 import pkgutil
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests import benchmarks
-from tests.benchmarks import Row
+from tests.benchmarks import Count, Row
 
 FOLDER = Path(__file__).parent
 
@@ -33,8 +34,8 @@ def circumstances() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
         "python": platform.python_version(),
+        **{library: version(library) for library in ("torch", "ray", "optuna", "mlflow")},
     }
 
 
@@ -50,10 +51,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown benchmark {unknown[0]!r}: there are {', '.join(known)}")
     given.out.mkdir(parents=True, exist_ok=True)
     for name in given.names or known:
-        rows: list[Row] = importlib.import_module(f"tests.benchmarks.{name}").run(given.quick)
+        rows: list[Row | Count] = importlib.import_module(f"tests.benchmarks.{name}").run(given.quick)
         for row in rows:
-            print(f"{name:10} {row.what:44} {row.ours:9.4f} s   {row.ratio:7.3f} x {row.peer_name}", flush=True)
-        record = {"circumstances": circumstances(), "rows": [row._asdict() | {"ratio": row.ratio} for row in rows]}
+            print(f"{name:10} {row}", flush=True)
+        record = {"circumstances": circumstances(), "rows": [row.record() for row in rows]}
         (given.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -3,9 +3,12 @@
 import mlflow
 import pytest
 import ray
+from sqlalchemy import delete
 
 from studies.machinery.driver import start_ray
-from studies.machinery.ledger import open_storage
+from studies.machinery.lease import LEASES, Lease
+from studies.machinery.ledger import Ledger
+from studies.machinery.storage import open_storage
 from studies.machinery.study import Study
 
 # What the libraries warn themselves of.
@@ -20,6 +23,20 @@ def pytest_configure(config):
 @pytest.fixture
 def storage(tmp_path):
     return open_storage(f"sqlite:///{tmp_path}/ledger.db")
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """Open a ledger as a new driver does; whoever had it before is dead."""
+
+    def begun(name="study", space=None, **options):
+        storage = open_storage(f"sqlite:///{tmp_path}/ledger.db")
+        LEASES.metadata.create_all(storage.engine)
+        with storage.engine.begin() as connection:
+            connection.execute(delete(LEASES))
+        return Ledger(storage, name, space or {}, Lease(storage.engine, name), **options)
+
+    return begun
 
 
 @pytest.fixture(scope="session")

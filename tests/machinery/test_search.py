@@ -3,6 +3,7 @@
 import optuna
 import pytest
 
+from studies.machinery.ledger import spent
 from tests.machinery.toy_study import run_toy
 from tests.machinery.toys import EPOCHS
 
@@ -41,7 +42,7 @@ def test_pruning_acts_and_is_told(tmp_path):
 
 
 def test_a_trial_that_raises_fails_with_its_reason_and_the_study_goes_on(tmp_path):
-    rows = run_toy(tmp_path, 4, fails_above=0.5).rows()
+    rows = run_toy(tmp_path, 4, diverges_above=0.5).rows()
     assert len(rows) == 4
     for row in rows:
         failed = row.params["x"] > 0.5
@@ -51,9 +52,24 @@ def test_a_trial_that_raises_fails_with_its_reason_and_the_study_goes_on(tmp_pat
 
 
 def test_no_trial_begins_after_the_hours_are_over(tmp_path):
-    ledger = run_toy(tmp_path, 6, hours=0.0)
+    ledger = run_toy(tmp_path, 6, hours=1e-9)
     assert ledger.rows() == []
     assert len(run_toy(tmp_path, 2).rows()) == 2
+
+
+def test_a_study_stops_by_itself_once_its_gpu_hours_are_spent(tmp_path):
+    # A toy says that it takes half a second of a GPU.
+    rows = run_toy(tmp_path, 20, parallel=1, gpu_hours=1.4 / 3600).rows()
+    assert [row.state for row in rows] == ["COMPLETE"] * 3
+    assert spent(rows) == (pytest.approx(1.5), pytest.approx(1.5))
+    assert len(run_toy(tmp_path, 20, parallel=1, gpu_hours=1.9 / 3600).rows()) == 4
+
+
+def test_checkpoints_stay_under_the_cap_those_of_the_best_and_the_newest_last(tmp_path):
+    ledger = run_toy(tmp_path, 6, parallel=1, disk_gb=40e-9)
+    kept = {folder.name for folder in (tmp_path / "toy").glob("0*")}
+    assert kept == {"0000", "0005"}
+    assert ledger.best().number == 0
 
 
 def test_the_ledger_is_a_plain_optuna_study(tmp_path):

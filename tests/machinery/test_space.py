@@ -1,5 +1,7 @@
 """Declarations of a space: what they may be, what they draw, what they hold."""
 
+import json
+
 import optuna
 import pytest
 from hypothesis import given
@@ -11,8 +13,12 @@ from studies.machinery.space import (
     Integer,
     LogUniform,
     Uniform,
+    active,
+    check_space,
     contains,
+    ends,
     from_json,
+    quantile,
     suggest,
     to_json,
     widens,
@@ -27,19 +33,48 @@ dimensions = st.one_of(
 )
 spaces = st.dictionaries(st.sampled_from(["p", "q", "r"]), dimensions)
 
+# How a network is trained, and with which of two optimisers.
+CONDITIONAL = {
+    "train": Choice((True, False)),
+    "optimiser": Choice(("sgd", "adam"), when={"train": True}),
+    "momentum": Uniform(0.0, 0.9, when={"optimiser": "sgd"}),
+    "layers": Integer(1, 2),
+    "width": Integer(8, 64, when={"layers": 2, "train": True}),
+}
 
-@given(spaces)
-def test_what_is_drawn_lies_inside(space):
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+
+@given(st.one_of(spaces, st.just(CONDITIONAL)), st.integers(0, 99))
+def test_what_is_drawn_lies_inside(space, seed):
+    check_space(space)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     trial = study.ask()
     drawn = suggest(trial, space)
     assert contains(space, drawn)
+    assert active(space, drawn) == drawn
+    assert list(drawn) == [name for name in space if name in drawn]
     assert suggest(trial, space) == drawn
 
 
-@given(spaces)
+@given(dimensions, st.floats(0.0, 1.0))
+def test_every_quantile_lies_inside(dimension, share):
+    assert contains({"p": dimension}, {"p": quantile(dimension, share)})
+
+
+@given(dimensions)
+def test_the_first_and_last_quantile_are_the_ends(dimension):
+    assert [quantile(dimension, 0.0), quantile(dimension, 1.0)] == [ends(dimension)[0], ends(dimension)[-1]]
+
+
+def test_quantiles_are_even_in_a_dimensions_own_scale():
+    assert [quantile(Uniform(1.0, 3.0), share) for share in (0.25, 0.5)] == [1.5, 2.0]
+    assert [quantile(LogUniform(1.0, 16.0), share) for share in (0.25, 0.5)] == [2.0, 4.0]
+    assert [quantile(Integer(1, 2), share) for share in (0.49, 0.5)] == [1, 2]
+    assert [quantile(Choice(("a", "b", "c")), share) for share in (0.3, 0.4, 0.7)] == ["a", "b", "c"]
+
+
+@given(st.one_of(spaces, st.just(CONDITIONAL)))
 def test_written_down_and_read_again_it_is_the_same(space):
-    assert from_json(to_json(space)) == space
+    assert from_json(json.loads(json.dumps(to_json(space)))) == space
     assert widens(space, space)
 
 
@@ -51,6 +86,10 @@ def test_written_down_and_read_again_it_is_the_same(space):
         (Uniform(1.0, 2.0), LogUniform(1.0, 2.0), False),
         (Integer(0, 5), Integer(1, 4), True),
         (Choice(("a", "b")), Choice(("a",)), False),
+        (Uniform(0.0, 2.0, when={"q": 1}), Uniform(0.5, 1.0, when={"q": 1}), True),
+        (Uniform(0.0, 2.0), Uniform(0.5, 1.0, when={"q": 1}), False),
+        (Uniform(0.0, 2.0, when={"q": 1}), Uniform(0.5, 1.0), False),
+        (Choice(("a",), when={"q": 1}), Choice(("a",)), False),
     ],
 )
 def test_widening(new, old, answer):
@@ -77,3 +116,42 @@ def test_a_point_outside_is_seen():
     space = {"p": LogUniform(1.0, 10.0), "q": Choice(("a",))}
     assert not contains(space, {"p": 11.0, "q": "a"})
     assert not contains(space, {"p": 2.0, "q": "b"})
+    assert not contains(space, {"p": 2.0})
+    assert not contains({"n": Integer(1, 4)}, {"n": 2.5})
+
+
+@pytest.mark.parametrize(
+    ("point", "searched", "inside"),
+    [
+        ({"train": False, "layers": 1}, "train layers", True),
+        ({"train": False, "optimiser": "sgd", "momentum": 9.0, "layers": 2, "width": 9}, "train layers", True),
+        ({"train": True, "optimiser": "adam", "momentum": 9.0, "layers": 1}, "train optimiser layers", True),
+        ({"train": True, "optimiser": "adam", "layers": 2, "width": 9}, "train optimiser layers width", True),
+        ({"train": True, "optimiser": "adam", "layers": 2, "width": 99}, "train optimiser layers width", False),
+        ({"train": True, "optimiser": "adam", "layers": 2}, "train optimiser layers", False),
+        ({"train": True, "momentum": 0.5, "layers": 1}, "train layers", False),
+    ],
+)
+def test_only_settings_that_are_active_matter(point, searched, inside):
+    assert active(CONDITIONAL, {**point, "seed": 3}) == {name: point[name] for name in searched.split()}
+    assert contains(CONDITIONAL, point) is inside
+
+
+@pytest.mark.parametrize(
+    ("space", "says"),
+    [
+        (
+            {"p": Integer(1, 2, when={"q": "a"}), "q": Choice(("a", "b"))},
+            r"p is searched when q is 'a', which must be searched before it: before it stand \[\]",
+        ),
+        (
+            {"q": Choice(("a", "b")), "p": Integer(1, 2, when={"q": "c"})},
+            r"when q is 'c', .* that a Choice or an Integer takes: q is Choice\(values=\('a', 'b'\), when={}\)",
+        ),
+        ({"q": Integer(1, 3), "p": Integer(1, 2, when={"q": 4})}, "p is searched when q is 4"),
+        ({"q": Uniform(0.0, 3.0), "p": Integer(1, 2, when={"q": 1.0})}, "p is searched when q is 1.0"),
+    ],
+)
+def test_a_condition_that_no_search_meets_is_refused(space, says):
+    with pytest.raises(ConfigError, match=says):
+        check_space(space)

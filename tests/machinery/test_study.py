@@ -6,7 +6,7 @@ import pytest
 
 from hdml_core.config import ConfigError, parse_setting
 from studies.machinery.space import LogUniform, Uniform
-from studies.machinery.study import TINY_TRIALS, Study, variant
+from studies.machinery.study import TINY_TRIALS, Study, parse_field, variant
 
 STUDY = Study(
     name="question",
@@ -15,6 +15,9 @@ STUDY = Study(
     base={"loss.name": "npair"},
     baseline={"hdml.enabled": False},
 )
+
+
+FRONT = {"validation/recall_at_1": "maximize", "cost/gpu_seconds": "minimize"}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,13 @@ def test_points_outside_the_space_are_not_tried_first():
         ({"trials": 0}, "trials of study 'question' must be >= 1, got 0"),
         ({"hours": 0.0}, "hours of study 'question' must be > 0, got 0.0"),
         ({"gpus_per_trial": 0.0}, "gpus_per_trial of study 'question' must be > 0"),
-        ({"goal": "test/recall_at_1"}, "goal of study 'question' must be one of validation/recall_at_1, "),
+        ({"goals": {"test/recall_at_1": "maximize"}}, "goals of study 'question' must be of validation/recall_at_1, "),
+        ({"goals": {"cost/seconds": "minimize"}}, "goals of study 'question' must be one of validation/.* first, got"),
+        ({"goals": {}}, r"goals of study 'question' must be one of validation/.* first, got \[\]"),
+        ({"limits": {"cost/pace": 1.0}}, "goals of study 'question' must be of validation/.*, got 'cost/pace'"),
+        ({"folds": 6}, "folds of study 'question' must be at most data.folds = 5, got 6"),
+        ({"max_cost": 10.0}, "node_price of study 'question' must be > 0 under a max_cost, got 0.0"),
+        ({"sampler": "cmaes", "goals": FRONT}, "sampler of study 'question' must be another for several goals"),
         ({"space": {"hdml.alhpa": LogUniform(0.1, 1.0)}}, "unknown setting 'hdml.alhpa'.*did you mean 'alpha'"),
         ({"space": {"hdml.alpha": Uniform(-1.0, 1.0)}}, "hdml.alpha must be >= 0, got -1.0"),
         ({"baseline": {"hdml.alpha": -1.0}}, "hdml.alpha must be >= 0, got -1.0"),
@@ -87,3 +96,23 @@ def test_a_study_that_can_not_be_run_is_refused_when_it_is_declared(change, says
 def test_a_variant_that_makes_no_sense_is_refused(asked, says):
     with pytest.raises(ConfigError, match=says):
         variant(STUDY, **asked)
+
+
+def test_a_trial_has_a_part_for_each_fold_and_seed():
+    assert STUDY.parts() == ({"seed": 0, "data.fold": 0},)
+    parts = replace(STUDY, folds=2, seeds=2, base={"data.fold": 4, "seed": 7}).parts()
+    assert [tuple(part.values()) for part in parts] == [(7, 4), (7, 0), (8, 4), (8, 0)]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("study.prunner=median", r"unknown setting 'study.prunner': a study has \[trials, "),
+        ("study.space=x", "unknown setting 'study.space'"),
+        ("study.folds=two", "study.folds must be of type int, got 'two'"),
+        ("study.pruner=asha", "study.pruner must be one of median, halving, .*, got 'asha'"),
+    ],
+)
+def test_a_field_that_can_not_be_set_so_is_refused(assignment, says):
+    with pytest.raises(ConfigError, match=says):
+        parse_field(assignment)

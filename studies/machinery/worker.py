@@ -1,0 +1,134 @@
+"""What keeps a worker process honest: the job it has, its claim to it, the watch it is under, the memory it holds.
+
+Knows nothing of training, and does not import torch: what a job of some kind does is `trial`'s.
+"""
+
+import faulthandler
+import gc
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray import tune
+from ray.tune.trainable import wrap_function
+
+from hdml_core.config import Config, ConfigError, Setting, Settings, with_settings
+from hdml_core.datasets.base import DataError
+from studies.machinery.records import Kind, Record
+
+HOPELESS = (FloatingPointError, ConfigError, DataError)
+"""What a trial would raise again if it were tried again; whatever else ends it may not come back."""
+
+GROWTH_MB, GPU_GROWTH_MB = 1024, 64
+"""A worker whose memory grew by more over its trials is replaced by a fresh process."""
+
+Tell = Callable[[Record], None]
+
+
+class FreshProcessError(RuntimeError):
+    """The worker is spent, and this trial, not yet begun, wants a new one."""
+
+
+class SupersededError(RuntimeError):
+    """A later attempt at the same trial has begun: this one may write no more."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker has to know of a trial."""
+
+    kind: Kind
+    number: int
+    attempt: int
+    """Grows whenever the trial is taken in hand, and fences off whoever had it before."""
+    settings: Mapping[str, Setting]
+    parts: tuple[Settings, ...]
+    """What to change of the settings for each of the trainings that the trial is made of."""
+    root: Path
+    """The data root."""
+    folder: Path
+    """Where the trial's checkpoints are kept."""
+    cpus: int
+    gpus: float
+    hang_seconds: float
+
+    @property
+    def config(self) -> Config:
+        """The trial's run."""
+        return with_settings(Config(), self.settings)
+
+    @property
+    def hung(self) -> Path:
+        """Where it is written what a worker was at when its time was over."""
+        return self.folder / f"hung-{self.attempt}.txt"
+
+
+def as_worker(run: Callable[[Mapping[str, Any]], None]) -> type:
+    """A Tune trainable that runs one trial after another in one process, for as long as that stays clean."""
+
+    class Worker(wrap_function(run)):  # type: ignore[misc]
+        def setup(self, config: dict[str, Any]) -> None:
+            super().setup(config)
+            self._at_first = memory_mb()
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            if not super().reset_config(new_config):
+                raise FreshProcessError("the worker's last trial does not end")
+            gc.collect()
+            grown, gpu_grown = (now - first for now, first in zip(memory_mb(), self._at_first, strict=True))
+            if grown > GROWTH_MB or gpu_grown > GPU_GROWTH_MB:
+                raise FreshProcessError(f"the worker's memory grew by {grown:.0f} MB, on the GPU {gpu_grown:.0f} MB")
+            return True
+
+    return Worker
+
+
+def in_time(job: Job) -> Tell:
+    """Return a report to Tune under a watch: between two reports no more than the job's `hang_seconds` may pass.
+
+    The watch needs no turn of the interpreter, so that it ends also a worker that is stuck in a library; what every
+    thread was at goes to `job.hung`. Waiting for the driver is not hanging.
+    """
+    if job.hang_seconds == math.inf:
+        return lambda record: tune.report({"record": record})
+    file = job.hung.open("w")
+
+    def tell(record: Record) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        tune.report({"record": record})
+        if not record.last:
+            faulthandler.dump_traceback_later(job.hang_seconds, exit=True, file=file)
+
+    faulthandler.dump_traceback_later(job.hang_seconds, exit=True, file=file)
+    return tell
+
+
+def take_over(job: Job) -> None:
+    """Make the trial's folder this attempt's own.
+
+    Raises SupersededError where a later one was here.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    demand_ownership(job)
+    aside = job.folder / f".attempt-{job.attempt}"
+    aside.write_text(str(job.attempt))
+    aside.rename(job.folder / "attempt")
+
+
+def demand_ownership(job: Job) -> None:
+    """Raise SupersededError where a later attempt has taken the trial's folder over."""
+    owner = job.folder / "attempt"
+    if owner.exists() and (latest := int(owner.read_text())) > job.attempt:
+        raise SupersededError(f"attempt {job.attempt} at trial {job.number} was superseded by attempt {latest}")
+
+
+def memory_mb() -> tuple[float, float]:
+    """The memory that this process holds for itself, files that it maps left out, and what torch holds of the GPU."""
+    info = psutil.Process().memory_info()
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.memory_allocated() if torch and torch.cuda.is_initialized() else 0
+    return (info.rss - getattr(info, "shared", 0)) / 2**20, gpu / 2**20

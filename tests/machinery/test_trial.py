@@ -1,0 +1,350 @@
+"""A trial in its worker: what it reads, what it tells, and that it tells the same however often it was stopped."""
+
+import dataclasses
+import itertools
+import shutil
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+
+from hdml_core.config import recipe_config, to_settings
+from hdml_core.datasets import Dataset, LabelledSet
+from studies.machinery import trial
+from studies.machinery.records import (
+    GPU_SECONDS,
+    HELD_MEMORY,
+    PEAK_MEMORY,
+    SECONDS,
+    TAG_ATTEMPT,
+    TAG_SET_ASIDE,
+    VALIDATED,
+)
+from studies.machinery.trial import TRIALS, GpuBusyError, demand_gpu_memory
+from studies.machinery.worker import Job, SupersededError, take_over
+
+TRAIN, TEST, ROWS = 8, 6, 6
+EPOCHS, STEPS = 3, 2
+FOLDS_AND_SEEDS = tuple({"seed": seed, "data.fold": fold} for seed in (0, 1) for fold in (0, 1))
+
+
+def made(features=False):
+    """Classes that can be told apart, a little: TRAIN to train on, then TEST."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(TRAIN + TEST), ROWS)
+    if features:
+        centres = rng.normal(size=(TRAIN + TEST, 12))[labels]
+        values = (centres + rng.normal(size=centres.shape))[:, None].astype(np.float32)
+    else:
+        centres = rng.integers(64, 192, (TRAIN + TEST, 1, 16, 16))[labels]
+        values = (centres + rng.integers(-60, 60, centres.shape)).astype(np.uint8)
+    whole = LabelledSet(values, np.arange(len(labels)), labels, tuple(f"{i:02d}" for i in range(TRAIN + TEST)))
+    train, test = whole.subset(range(TRAIN)), whole.subset(range(TRAIN, TRAIN + TEST))
+    return Dataset("made", "0", train, test, "features" if features else "images")
+
+
+@pytest.fixture
+def opens(monkeypatch):
+    """Let trials open this data set from now on."""
+    return lambda dataset: monkeypatch.setattr(trial, "open_data", lambda config, root, device: dataset)
+
+
+@pytest.fixture(autouse=True)
+def images(opens):
+    opens(made())
+
+
+@pytest.fixture
+def a_job(tmp_path):
+    """A job that all tests vary."""
+    settings = {
+        "data.image_size": 16,
+        "data.crop_size": 14,
+        "data.batch_size": 8,
+        "data.folds": 2,
+        "network.embedding_size": 8,
+        "network.generator_hidden": 8,
+        "optim.epochs": EPOCHS,
+        "optim.steps_per_epoch": STEPS,
+        "retrieval.clusterings": 1,
+        "retrieval.ks": (1, 2),
+        "hdml.alpha": 1.0,
+    }
+    settings = to_settings(recipe_config(settings))
+    return Job("search", 0, 1, settings, ({},), tmp_path, tmp_path / "trial", 1, 0.0, 60.0)
+
+
+def vary(job, **changes):
+    return dataclasses.replace(job, **changes)
+
+
+def records(job, until=None):
+    """All that the job tells, or as much as it tells until it is stopped while it tells `until` records."""
+    told = []
+
+    class Stopped(Exception):
+        pass
+
+    def tell(record):
+        told.append(record)
+        if len(told) == until:
+            raise Stopped
+
+    with suppress(Stopped):
+        TRIALS[job.kind](job, tell)
+    return told
+
+
+def lasting(record, but=(PEAK_MEMORY, HELD_MEMORY)):
+    """A record without what is measured anew whenever it is told."""
+    metrics = {name: value for name, value in record.metrics.items() if name not in but}
+    return record._replace(metrics=metrics, tags={})
+
+
+def timeless(record):
+    """A record without what it took."""
+    return lasting(record, (PEAK_MEMORY, HELD_MEMORY, SECONDS, GPU_SECONDS))._replace(seconds=0.0)
+
+
+class Sealed(np.ndarray):
+    """Images whose test classes can't be looked at."""
+
+    def __getitem__(self, index):
+        rows = np.arange(len(self))[index]
+        if (rows >= TRAIN * ROWS).any():
+            raise AssertionError(f"rows of the test classes were read: {rows}")
+        return np.asarray(self)[index]
+
+    def __array_ufunc__(self, *_, **__):
+        raise AssertionError("all rows were read at once")
+
+    __array_function__ = __array_ufunc__
+
+
+def with_values(dataset, values):
+    sets = {side: dataclasses.replace(getattr(dataset, side), values=values) for side in ("train", "test")}
+    return dataclasses.replace(dataset, **sets)
+
+
+# What a trial sees ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["search", "baseline"])
+def test_no_trial_of_a_search_reads_a_test_image(kind, a_job, opens):
+    job = vary(a_job, kind=kind, parts=FOLDS_AND_SEEDS)
+    undisturbed = records(job)
+    sealed = made().train.values.view(Sealed)
+    opens(with_values(made(), sealed))
+    assert [*map(timeless, records(vary(job, folder=job.folder / "sealed")))] == [*map(timeless, undisturbed)]
+    # Nor do they have a say in what it comes to, whatever way they might be read.
+    others = made().train.values.copy()
+    others[TRAIN * ROWS :] = 0
+    opens(with_values(made(), others))
+    assert [*map(timeless, records(vary(job, folder=job.folder / "other")))] == [*map(timeless, undisturbed)]
+    assert not [name for record in undisturbed for name in record.metrics if name.startswith(("test/", "paper/"))]
+
+
+@pytest.mark.parametrize(("kind", "epochs"), [("confirm", EPOCHS - 1), ("paper", 0)])
+def test_the_seal_would_be_seen_to_break(kind, epochs, a_job, opens):
+    opens(with_values(made(), made().train.values.view(Sealed)))
+    told = []
+    with pytest.raises(AssertionError, match="rows of the test classes were read"):
+        TRIALS[kind](vary(a_job, kind=kind), told.append)
+    assert len(told) == epochs  # a sealed trial looks once, at its end
+
+
+def test_a_sealed_trial_trains_on_all_training_classes_and_looks_once(a_job):
+    told = records(vary(a_job, kind="confirm"))
+    assert [record.last for record in told] == [False] * (EPOCHS - 1) + [True]
+    looks = [{name for name in record.metrics if name.startswith(("test/", "validation/"))} for record in told]
+    assert looks[:-1] == [set()] * (EPOCHS - 1)
+    assert {"test/recall_at_1", "test/map_at_r", "test/nmi", "test/f1"} <= looks[-1]
+    assert not [name for name in looks[-1] if name.startswith("validation/")]
+
+
+def test_paper_mode_gives_the_honest_number_too(a_job):
+    honest = records(vary(a_job, kind="confirm"))
+    told = records(vary(a_job, kind="paper", folder=a_job.folder / "paper"))
+    test = {name: value for name, value in honest[-1].metrics.items() if name.startswith("test/")}
+    assert {name: told[-1].metrics[name] for name in test} == test
+    chosen = [record.metrics["paper/recall_at_1"] for record in told]
+    assert chosen == sorted(chosen)
+    assert chosen[-1] >= test["test/recall_at_1"]
+    assert not [name for record in told[:-1] for name in record.metrics if name.startswith("test/")]
+
+
+def test_a_floor_is_measured_on_the_same_folds_as_the_trials(a_job, opens):
+    opens(made(features=True))
+    (over_both,) = records(vary(a_job, kind="floor", parts=({"data.fold": 0}, {"data.fold": 1})))
+    folds = [records(vary(a_job, kind="floor", parts=({"data.fold": fold},)))[0] for fold in (0, 1)]
+    for name in VALIDATED:
+        assert over_both.metrics[name] == pytest.approx(np.mean([fold.metrics[name] for fold in folds]))
+    assert over_both.last
+    assert "test/recall_at_1" in over_both.metrics
+
+
+# Parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_counted_through(a_job):
+    told = records(vary(a_job, parts=FOLDS_AND_SEEDS))
+    assert [record.epoch for record in told] == list(range(1, 4 * EPOCHS + 1))
+    assert [record.step for record in told] == [STEPS * record.epoch for record in told]
+    assert [record.part for record in told] == [part for part in range(4) for _ in range(EPOCHS)]
+    assert [record.ends_part for record in told] == 4 * ([False] * (EPOCHS - 1) + [True])
+    assert [record.last for record in told] == [False] * (4 * EPOCHS - 1) + [True]
+    seconds = [record.seconds for record in told]
+    assert seconds == sorted(seconds)
+    assert seconds == [record.metrics[SECONDS] for record in told]
+    points = [step for record in told for step, _ in record.trace["hardness/kept"]]
+    assert points == sorted(set(points))
+    assert points[-1] == 4 * EPOCHS * STEPS
+
+
+def test_each_part_is_a_training_of_its_own(a_job):
+    told = records(vary(a_job, parts=FOLDS_AND_SEEDS))
+    for part, changes in enumerate(FOLDS_AND_SEEDS):
+        alone = records(vary(a_job, parts=(changes,), folder=a_job.folder / f"alone-{part}"))
+        within = told[part * EPOCHS : (part + 1) * EPOCHS]
+        assert [record.part_qualities for record in within] == [record.part_qualities for record in alone]
+        losses = [{n: v for n, v in record.metrics.items() if n.startswith("train/")} for record in within]
+        assert losses == [{n: v for n, v in record.metrics.items() if n.startswith("train/")} for record in alone]
+
+
+def test_validation_is_the_mean_over_the_parts_that_ended(a_job):
+    told = records(vary(a_job, parts=FOLDS_AND_SEEDS))
+    ended = [record.part_qualities for record in told if record.ends_part]
+    for record in told:
+        for name in VALIDATED:
+            assert record.metrics[name.replace("validation/", "part/")] == record.part_qualities[name]
+            if record.ends_part:
+                mean = np.mean([part[name] for part in ended[: record.part + 1]])
+                assert record.metrics[name] == pytest.approx(mean, abs=1e-15)
+            else:
+                assert name not in record.metrics
+
+
+def test_a_single_part_is_validated_after_every_epoch(a_job):
+    for record in records(a_job):
+        assert {name: record.metrics[name] for name in VALIDATED} == {n: record.part_qualities[n] for n in VALIDATED}
+        assert not [name for name in record.metrics if name.startswith("part/")]
+
+
+# Told again -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["search", "confirm", "paper"])
+def test_told_twice_is_told_the_same(kind, a_job):
+    job = vary(a_job, kind=kind, parts=FOLDS_AND_SEEDS if kind == "search" else ({},))
+    first = records(job)
+    again = records(vary(job, attempt=2))
+    assert [*map(lasting, again)] == [*map(lasting, first)]
+    assert {record.tags[TAG_ATTEMPT] for record in again} == {"2"}
+
+
+@pytest.mark.parametrize("kind", ["search", "confirm", "paper"])
+@pytest.mark.parametrize("stopped_at", [[1], [EPOCHS], [EPOCHS + 1], [1, 2, EPOCHS + 2]])
+def test_stopped_anywhere_it_ends_as_if_it_had_not_been(kind, stopped_at, a_job):
+    job = vary(a_job, kind=kind, parts=FOLDS_AND_SEEDS if kind == "search" else ({},))
+    undisturbed = records(vary(job, folder=job.folder / "undisturbed"))
+    for attempt, until in enumerate(stopped_at, start=1):
+        records(vary(job, attempt=attempt), until)
+    resumed = records(vary(job, attempt=len(stopped_at) + 1))
+    assert [*map(timeless, resumed)] == [*map(timeless, undisturbed)]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGES = [
+    pytest.param(damage, name, id=f"{damage.__name__} {name}")
+    for damage, name in itertools.product((truncate, flip_a_bit), ("state.safetensors", "run.json"))
+]
+
+
+@pytest.mark.parametrize(("damage", "name"), DAMAGES)
+@pytest.mark.parametrize("all_of_them", [False, True], ids=["the newest", "all"])
+def test_a_damaged_checkpoint_costs_time_and_nothing_else(damage, name, all_of_them, a_job):
+    job = vary(a_job, parts=FOLDS_AND_SEEDS[:2])
+    undisturbed = records(vary(job, folder=job.folder / "undisturbed"))
+    records(job, until=2 * EPOCHS - 1)
+    checkpoints = sorted((job.folder / "part-01").iterdir())
+    assert len(checkpoints) == 2
+    for checkpoint in checkpoints if all_of_them else checkpoints[-1:]:
+        damage(checkpoint / name)
+
+    resumed = records(vary(job, attempt=2))
+    assert [*map(timeless, resumed)] == [*map(timeless, undisturbed)]
+    aside = str(job.folder / "part-01.unreadable-2")
+    tags = [record.tags.get(TAG_SET_ASIDE) for record in resumed]
+    assert tags == [None] * EPOCHS + [aside if all_of_them else None] * EPOCHS
+    assert (job.folder / "part-01.unreadable-2").exists() == all_of_them
+
+
+def test_checkpoints_that_are_gone_are_made_again(a_job):
+    first = records(a_job, until=2)
+    shutil.rmtree(a_job.folder)
+    assert [*map(timeless, records(vary(a_job, attempt=2)))][:2] == [*map(timeless, first)]
+
+
+def test_an_attempt_that_was_superseded_writes_nothing_more(a_job):
+    told = []
+
+    def tell(record):
+        told.append(record)
+        take_over(vary(a_job, attempt=2))
+
+    take_over(a_job)
+    with pytest.raises(SupersededError, match="attempt 1 at trial 0 was superseded by attempt 2"):
+        TRIALS[a_job.kind](a_job, tell)
+    assert len(told) == 1
+    assert [path.name for path in (a_job.folder / "part-00").iterdir()] == ["epoch-00001"]
+
+
+# A GPU that is shared ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of 100 bytes with so much free at each look, and what was asked of it."""
+    asked = {}
+
+    def with_free(*looks):
+        free = iter(looks)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (next(free), 100))
+        return asked
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.setdefault("emptied", True))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share: asked.setdefault("fraction", share)
+    )
+    monkeypatch.setattr(trial.time, "sleep", lambda seconds: asked.update(waited=asked.get("waited", 0) + seconds))
+    return with_free
+
+
+def test_a_trial_waits_for_its_share_of_the_gpu_and_keeps_to_it(gpu):
+    asked = gpu(10, 44, 45)
+    demand_gpu_memory(0.5)
+    assert asked == {"emptied": True, "waited": 2, "fraction": 0.5}
+
+
+def test_a_whole_gpu_has_no_bound(gpu):
+    asked = gpu(90)
+    demand_gpu_memory(2.0)
+    assert asked == {"emptied": True}
+
+
+def test_a_gpu_that_stays_busy_is_told_with_its_numbers(gpu):
+    asked = gpu(*[20] * trial.GPU_PATIENCE)
+    with pytest.raises(GpuBusyError, match=r"0.5 GPU must find 45% .* free, got 20% for 60 s: .* --gpus-per-trial"):
+        demand_gpu_memory(0.5)
+    assert asked["waited"] == 60
+    assert "fraction" not in asked

@@ -1,0 +1,114 @@
+"""What keeps a worker honest: its claim to a trial, the watch it is under, and the memory that it may not keep."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray.tune.trainable.function_trainable import FunctionTrainable
+
+from studies.machinery import worker
+from studies.machinery.worker import (
+    GPU_GROWTH_MB,
+    GROWTH_MB,
+    FreshProcessError,
+    Job,
+    SupersededError,
+    as_worker,
+    demand_ownership,
+    take_over,
+)
+from tests.conftest import ROOT
+
+
+def job(folder, attempt=1, hang_seconds=math.inf):
+    return Job("search", 7, attempt, {}, ({},), folder, folder / "0007", 1, 0.0, hang_seconds)
+
+
+def test_a_later_attempt_fences_off_an_earlier_one(tmp_path):
+    first, second = job(tmp_path, 1), job(tmp_path, 2)
+    take_over(first)
+    demand_ownership(first)
+    take_over(second)
+    demand_ownership(second)
+    for refused in (take_over, demand_ownership):
+        with pytest.raises(SupersededError, match="attempt 1 at trial 7 was superseded by attempt 2"):
+            refused(first)
+    demand_ownership(second)
+    assert [path.name for path in second.folder.iterdir()] == ["attempt"]
+
+
+HANGS = """
+import math, sys, time
+from pathlib import Path
+from studies.machinery.worker import Job, in_time
+
+def stuck_for_ever():
+    while True:
+        time.sleep(1)
+
+folder = Path(sys.argv[1])
+in_time(Job("search", 7, 1, {}, ({},), folder, folder, 1, 0.0, 1.0))
+stuck_for_ever()
+"""
+
+
+def test_a_worker_that_hangs_is_ended_and_leaves_what_it_was_at(tmp_path):
+    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], cwd=ROOT, check=False)
+    assert done.returncode == 1
+    said = Path(tmp_path / "hung-1.txt").read_text()
+    assert "Timeout (0:00:01)!" in said
+    assert "in stuck_for_ever" in said
+
+
+REPORTS = """
+import sys, time, types
+from pathlib import Path
+from studies.machinery import worker
+
+def report(metrics):
+    time.sleep(2)  # the driver lets the worker wait
+
+worker.tune = types.SimpleNamespace(report=report)
+folder = Path(sys.argv[1])
+tell = worker.in_time(worker.Job("search", 7, 1, {}, ({},), folder, folder, 1, 0.0, 1.0))
+tell(types.SimpleNamespace(last=False))
+tell(types.SimpleNamespace(last=True))
+time.sleep(2)  # nothing is left to watch
+"""
+
+
+def test_to_wait_for_the_driver_or_for_the_next_trial_is_not_to_hang(tmp_path):
+    done = subprocess.run([sys.executable, "-c", REPORTS, str(tmp_path)], cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert Path(tmp_path / "hung-1.txt").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("grown", "gpu_grown", "spent"),
+    [
+        (GROWTH_MB, GPU_GROWTH_MB, False),
+        (GROWTH_MB + 1, 0, True),
+        (0, GPU_GROWTH_MB + 1, True),
+        (-500, 0, False),
+    ],
+)
+def test_a_worker_whose_memory_grew_makes_way_for_a_fresh_process(monkeypatch, grown, gpu_grown, spent):
+    held = [(700.0, 10.0), (700.0 + grown, 10.0 + gpu_grown)]
+    monkeypatch.setattr(worker, "memory_mb", lambda: held.pop(0))
+    monkeypatch.setattr(FunctionTrainable, "setup", lambda self, config: None)
+    monkeypatch.setattr(FunctionTrainable, "reset_config", lambda self, new_config: True)
+    reused = as_worker(lambda config: None)(config={})
+    if spent:
+        with pytest.raises(FreshProcessError, match=f"memory grew by {grown} MB, on the GPU {gpu_grown} MB"):
+            reused.reset_config({})
+    else:
+        assert reused.reset_config({})
+
+
+def test_a_worker_whose_last_trial_does_not_end_makes_way_too(monkeypatch):
+    monkeypatch.setattr(FunctionTrainable, "setup", lambda self, config: None)
+    monkeypatch.setattr(FunctionTrainable, "reset_config", lambda self, new_config: False)
+    with pytest.raises(FreshProcessError, match="does not end"):
+        as_worker(lambda config: None)(config={}).reset_config({})
