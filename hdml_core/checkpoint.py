@@ -1,8 +1,8 @@
 """A run to disk and back, whole or not at all.
 
 A checkpoint is a folder `epoch-00012` with `state.safetensors` (every tensor of the run) and `run.json` (its settings,
-where it is, every report so far, and the checksum of the tensors). It is written aside under another name, flushed
-and renamed; the one before it stays, and `load` falls back to it where the newest is damaged. No pickle.
+where it is, every report so far, and the checksum of all that and of the tensors). It is written aside under another
+name, flushed and renamed; the one before it stays, and `load` falls back to it where the newest is damaged. No pickle.
 """
 
 import hashlib
@@ -47,8 +47,8 @@ def save(run: Run, folder: Path) -> None:
             "step": run.step,
             "window_steps": run.averages.steps,
             "reports": [_to_json(report) for report in run.reports],
-            "sha256": hashlib.sha256(state.read_bytes()).hexdigest(),
         }
+        record["sha256"] = _checksum(record, state.read_bytes())
         (aside / "run.json").write_text(json.dumps(record))
         for path in (*aside.iterdir(), aside):
             _flush(path)
@@ -92,9 +92,13 @@ def _newest_first(folder: Path) -> list[Path]:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     record = json.loads((path / "run.json").read_text())
     content = (path / "state.safetensors").read_bytes()
-    if hashlib.sha256(content).hexdigest() != record["sha256"]:
-        raise ValueError("state.safetensors does not have its checksum")
+    if record.pop("sha256") != _checksum(record, content):
+        raise ValueError("it does not have its checksum")
     return record, load_tensors(content)
+
+
+def _checksum(record: dict[str, Any], state: bytes) -> str:
+    return hashlib.sha256(json.dumps(record).encode() + state).hexdigest()
 
 
 def _check_settings(run: Run, saved: dict[str, Any], path: Path) -> None:

@@ -43,7 +43,7 @@ FLOORS = (
 DOORS = {
     "torch": ("hdml_core", "studies.machinery"),
     "ray": ("studies.machinery.driver", "studies.machinery.search", "studies.machinery.worker"),
-    "mlflow": ("studies.machinery.tracking", "dashboards.runs"),
+    "mlflow": ("studies.machinery.experiment", "dashboards.runs"),
     "optuna": (
         "studies.machinery.space",
         "studies.machinery.samplers",

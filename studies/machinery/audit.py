@@ -20,7 +20,9 @@ from studies.machinery.records import Kind
 from studies.machinery.tracking import Recorder
 
 SOURCES = ("hdml_core", "studies/machinery")
-"""What a measurement hangs on of the code; a study file is in its terms."""
+"""What a measurement hangs on of the code; what a study file says is in its terms."""
+NOT_TAGGED = ("number", "kind", "finished")
+"""What an opening's label says already, and what is not known when it begins."""
 
 
 class Opening(NamedTuple):
@@ -49,8 +51,9 @@ class Opening(NamedTuple):
         return f"{self.kind}-{self.number}"
 
     def tags(self) -> dict[str, str]:
-        """What is known of it beforehand, for runs of MLflow, whose names say the rest."""
-        return {name: str(value) for name, value in self._asdict().items() if name not in ("kind", "finished")}
+        """What is known of it beforehand, for runs of MLflow."""
+        others = {name: str(value) for name, value in self._asdict().items() if name not in NOT_TAGGED}
+        return {"opening": self.label} | others
 
 
 def openings(ledger: Ledger) -> list[Opening]:

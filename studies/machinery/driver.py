@@ -23,12 +23,12 @@ from hdml_core.config import Config, to_settings
 from hdml_core.datasets import Dataset, data_root, validation_fold
 from hdml_core.frozen import open_data
 from hdml_core.training import new_run
+from studies.machinery.audit import floor_opened
 from studies.machinery.disk import DiskCap
 from studies.machinery.lease import Lease
 from studies.machinery.ledger import ATTEMPTS, CHECKPOINTS, PRICE, Ledger, Row, best_points, set_aside, spent
 from studies.machinery.progress import Progress
 from studies.machinery.records import FINISHED, TAG_COMMIT, TAG_DATA, TAG_RECIPE, Kind, trial_id
-from studies.machinery.samplers import PARTS
 from studies.machinery.search import Interrupt, LedgerScheduler, LedgerSearch, Series, StopAll
 from studies.machinery.space import to_json
 from studies.machinery.storage import LedgerError, Storage, open_storage
@@ -154,7 +154,7 @@ def run_study(
         search.enqueue(points)
         if retry_failed:
             search.enqueue_failed()
-        with recording(places, study, search, dataset) as recorder:
+        with recording(places, study, search, dataset) as recorder, floor_opened(ledgers, recorder, commit()):
             resources = start_ray(study)
             search.note(PRICE, price_per_hour(study, resources))
             plan = [
@@ -194,7 +194,7 @@ def open_ledgers(study: Study, storage: Storage, lease: Lease, floor: bool) -> d
         directions=directions,
         sampler=study.sampler,
         pruner=study.pruner,
-        steps=parts if study.pruner in PARTS else parts * study.config().optim.epochs,
+        steps=parts if study.steps_are_parts else parts * study.config().optim.epochs,
         seed=study.seed,
     )
     return ledgers
@@ -208,6 +208,8 @@ def terms(study: Study, dataset: Dataset) -> dict[str, Any]:
         "goals": dict(study.goals),
         "folds": study.folds,
         "seeds": study.seeds,
+        "limits": dict(study.limits),
+        "steps": "parts" if study.steps_are_parts else "epochs",
         "data": dataset.digest,
         "question": study.question,
         "base": dict(study.base),
@@ -236,7 +238,8 @@ def start_ray(study: Study) -> Resources:
     """Join the cluster at RAY_ADDRESS, else start a Ray on this machine; see what a trial gets of it."""
     os.environ.update(RAY_HABITS)
     if not ray.is_initialized():
-        alone = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}
+        # Left to itself, Ray would join whatever was last started on this machine, and lose it when that ends.
+        alone = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "include_dashboard": False}
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **alone)
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -278,7 +281,7 @@ def series(study: Study, kind: Kind, ledger: Ledger, root: Path, folder: Path, r
         job,
         study.limits if kind == "search" else {},
         study.max_attempts,
-        steps_are_parts=study.pruner in PARTS,
+        steps_are_parts=study.steps_are_parts,
     )
 
 

@@ -104,18 +104,29 @@ class KnownRun:
     tags: dict[str, str] = field(default_factory=dict)
 
 
+class Said(NamedTuple):
+    """Who says it, and when, in milliseconds."""
+
+    driver: str
+    time: int
+
+
 class Experiment:
     """One study's runs. Every method raises TrackerError where nobody answers."""
 
-    def __init__(self, uri: str, study: str, study_id: str, artifacts: Path | None = None) -> None:
+    def __init__(
+        self, uri: str, study: str, study_id: str, artifacts: Path | None = None, driver: str | None = None
+    ) -> None:
         """Several studies of one name may share a tracker, told apart by `study_id`.
 
-        `artifacts` is where MLflow's files are kept if no server keeps them. Raises TrackerError where there can be no
-        tracker at `uri`; that none answers just now is no error.
+        `artifacts` is where MLflow's files are kept if no server keeps them, `driver` whose own experiment this is: any
+        other that is heard here is gone. Raises TrackerError where there can be no tracker at `uri`; that none answers
+        just now is no error.
         """
         self.uri = uri
         self._study = study
         self._study_id = study_id
+        self._driver = driver
         self._place = f"{artifacts.as_uri()}/{study}" if artifacts else None
         self._id = ""
         self._known: dict[tuple[str, int | None], KnownRun] = {}
@@ -152,7 +163,7 @@ class Experiment:
             return [_seen(run) for run in self._search(f"tags.{TAG_STUDY} = '{self._study_id}'")]
 
     def series(self, runs: Sequence[SeenRun], metric: str) -> dict[str, list[tuple[int, float]]]:
-        """(step, value) points of a metric by run id, as they came."""
+        """(step, value) points of a metric by run id, in the order of their time."""
         points: dict[str, list[tuple[int, float]]] = {run.run_id: [] for run in runs}
         with self._answering():
             if not self.uri.startswith("http"):
@@ -180,7 +191,7 @@ class Experiment:
             if found is not None:
                 self._client.rename_experiment(found, name)
 
-    def _take(self, do: str, **said: Any) -> None:
+    def _take(self, do: str, driver: str, time: int, **what: Any) -> None:
         ways: Mapping[str, Callable[..., None]] = {
             "open": self._open,
             "begin": self._begin,
@@ -190,39 +201,40 @@ class Experiment:
             "observe": self._observe,
             "close": self._close,
         }
-        ways[do](**said)
+        ways[do](Said(driver, time), **what)
 
-    def _open(self, driver: str, question: str, tags: Mapping[str, str], time: int) -> None:
+    def _open(self, said: Said, question: str, tags: Mapping[str, str]) -> None:
         if self._find(PARENT) is None:
-            self._create(PARENT, None, time, self._study, tags)
+            self._create(PARENT, None, said.time, self._study, tags)
         self._client.log_batch(self._look_up(PARENT).run_id, tags=_tags({**tags, MLFLOW_RUN_NOTE: question}))
-        self._run_again(driver)
+        self._run_again(said)
 
     def _begin(
         self,
-        driver: str,
+        said: Said,
         kind: str,
         number: int,
         attempt: int,
-        time: int,
+        began: int,
         name: str,
         tags: Mapping[str, str],
         params: Mapping[str, str],
     ) -> None:
         self._flush()
-        run = self._find(kind, number) or self._create(kind, number, time, name, tags)
+        run = self._find(kind, number) or self._create(kind, number, began, name, tags)
         run_id = run.info.run_id
         new = [Param(key, value) for key, value in params.items() if key not in run.data.params]
         for some in _slices(new, PARAMS):
             self._client.log_batch(run_id, params=some)
         if attempt > _attempt(run):
             self._client.update_run(run_id, "RUNNING")
-            self._run_again(driver)
+            self._run_again(said)
             self._client.log_batch(run_id, tags=_tags({TAG_ATTEMPT: str(attempt), TAG_STATE: "RUNNING"}))
         self._know(kind, number, run)
 
     def _log(
         self,
+        said: Said,
         kind: str,
         number: int,
         step: int,
@@ -242,7 +254,7 @@ class Experiment:
         run.tags |= tags
         run.steps.add(step)
 
-    def _end(self, kind: str, number: int, attempt: int, state: State, reason: str, time: int) -> None:
+    def _end(self, said: Said, kind: str, number: int, attempt: int, state: State, reason: str) -> None:
         self._flush()
         run = self._find(kind, number)
         if run is None:
@@ -250,38 +262,48 @@ class Experiment:
         if attempt >= _attempt(run):
             tags = {TAG_STATE: state} | ({TAG_REASON: reason} if reason else {})
             self._client.log_batch(run.info.run_id, tags=_tags(tags))
-            self._client.set_terminated(run.info.run_id, RUN_STATUS[state], time)
+            self._client.set_terminated(run.info.run_id, RUN_STATUS[state], said.time)
         self._known.pop((kind, number), None)
         self.run_ids.pop((kind, number), None)
 
-    def _note(self, name: str, tags: Mapping[str, str], metrics: Mapping[str, float], time: int) -> None:
+    def _note(self, said: Said, name: str, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         run = self._only(f"attributes.run_name = '{name}' and tags.{TAG_STUDY} = '{self._study_id}'")
-        run = run or self._create(tags.get(TAG_KIND, "note"), None, time, name, tags)
+        run = run or self._create(tags.get(TAG_KIND, "note"), None, said.time, name, tags)
         if run.info.status == "RUNNING":
             points = [Metric(key, value, run.info.start_time, 0) for key, value in metrics.items()]
             self._client.log_batch(run.info.run_id, points)
-            self._client.set_terminated(run.info.run_id, "FINISHED", time)
+            self._client.set_terminated(run.info.run_id, "FINISHED", said.time)
 
-    def _observe(self, metrics: Mapping[str, float], time: int) -> None:
+    def _observe(self, said: Said, metrics: Mapping[str, float]) -> None:
         run = self._look_up(PARENT)
-        run.points += [Metric(f"system/{key}", value, time, time - run.began) for key, value in metrics.items()]
+        step = said.time - run.began
+        run.points += [Metric(f"system/{key}", value, said.time, step) for key, value in metrics.items()]
 
-    def _close(self, driver: str, status: str | None, in_hand: Sequence[tuple[str, int, int]], time: int) -> None:
+    def _close(self, said: Said, status: str | None, in_hand: Sequence[tuple[str, int, int]]) -> None:
         self._flush()
         for kind, number, attempt in in_hand:
             run = self._find(kind, number)
             if run is not None and attempt >= _attempt(run):
-                self._client.set_terminated(run.info.run_id, RUN_STATUS["RUNNING"], time)
-        parent = self._find(PARENT)
-        if status is not None and parent is not None and parent.data.tags.get(TAG_DRIVER) == driver:
-            self._client.set_terminated(parent.info.run_id, status, time)
+                self._client.set_terminated(run.info.run_id, RUN_STATUS["RUNNING"], said.time)
+        parent = self._client.get_run(self._look_up(PARENT).run_id)
+        # What was ended is ended otherwise by none but the driver that it ran for last.
+        if status is not None and (
+            parent.info.status == "RUNNING"
+            or (_last_driver(parent).driver == said.driver and not self._is_late(said, parent.info.end_time))
+        ):
+            self._client.set_terminated(parent.info.run_id, status, said.time)
         self._known.clear()
 
-    def _run_again(self, driver: str) -> None:
-        """Have the study RUNNING; the driver that it is RUNNING for last has the say of how it ends."""
-        parent = self._look_up(PARENT).run_id
-        self._client.log_batch(parent, tags=_tags({TAG_DRIVER: driver}))
-        self._client.update_run(parent, "RUNNING")
+    def _run_again(self, said: Said) -> None:
+        """Have the study RUNNING, for this driver, unless another has had it so since."""
+        parent = self._client.get_run(self._look_up(PARENT).run_id)
+        if not self._is_late(said, _last_driver(parent).time):
+            self._client.log_batch(parent.info.run_id, tags=_tags({TAG_DRIVER: f"{said.driver} {said.time}"}))
+            self._client.update_run(parent.info.run_id, "RUNNING")
+
+    def _is_late(self, said: Said, time: int) -> bool:
+        """Whether it was said before the time; what this driver says, which lives, is no older than it is heard."""
+        return said.driver != self._driver and said.time < time
 
     def _flush(self) -> None:
         for run in self._known.values():
@@ -414,6 +436,11 @@ def _seen(run: Run) -> SeenRun:
 
 def _attempt(run: Run) -> int:
     return int(run.data.tags.get(TAG_ATTEMPT, 0))
+
+
+def _last_driver(parent: Run) -> Said:
+    driver, _, time = parent.data.tags.get(TAG_DRIVER, " 0").partition(" ")
+    return Said(driver, int(time))
 
 
 def _deleted(kind: str, number: int | None) -> LookupError:

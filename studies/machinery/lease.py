@@ -87,8 +87,8 @@ class Lease:
             others = self._living()
             if others and not join:
                 raise LeaseError(
-                    f"study {study!r} is at work already: {others[0]}. Wait for it, stop it, or give --join to work "
-                    "on the same trials beside it"
+                    f"study {study!r} is at work already: {others[0]}. Wait for it, stop it, or run the study with "
+                    "--join to work on the same trials beside it"
                 )
             if self._insert(max((other.place for other in others), default=-1) + 1):
                 break

@@ -48,7 +48,7 @@ OWNER, ATTEMPTS, CRASHES, REASON, METRICS, SPENT, MLFLOW_RUN, CHECKPOINTS, RETRY
     "retry_of",
 )
 
-COMPARED = ("baseline", "goals", "folds", "seeds", "data")
+COMPARED = ("baseline", "goals", "limits", "folds", "seeds", "steps", "data")
 """Terms of a study, beside its settings and its space, that may not change once it was begun."""
 
 
@@ -371,7 +371,7 @@ class Ledger:
 
 def _changes(begun: Mapping[str, Any], terms: Mapping[str, Any]) -> list[str]:
     """What makes trials incomparable, line by line; the question's wording does not."""
-    old = {**begun["settings"], **{name: begun[name] for name in COMPARED}}
+    old = {**begun["settings"], **{name: begun.get(name) for name in COMPARED}}
     new = {**terms["settings"], **{name: terms[name] for name in COMPARED}}
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in old | new if old.get(name) != new.get(name)

@@ -155,5 +155,5 @@ def _parse(line: bytes) -> Event:
     """An event; of a line that a failing disk has spoilt, one that nobody takes."""
     try:
         return dict(json.loads(line))
-    except ValueError:
+    except (TypeError, ValueError):
         return {"do": "unreadable", "line": line.decode(errors="replace")}

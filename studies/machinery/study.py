@@ -15,7 +15,7 @@ from hdml_core.config import (
     with_settings,
 )
 from studies.machinery.records import GOALS, VALIDATED, Direction
-from studies.machinery.samplers import ONE_GOAL
+from studies.machinery.samplers import ONE_GOAL, PARTS
 from studies.machinery.space import Space, active, check_space, contains, ends
 
 Sampler = Literal["tpe", "gp", "cmaes", "nsga2", "random", "grid", "qmc"]
@@ -89,6 +89,7 @@ class Study:
     """Share of the trials that may FAIL before the study itself counts as failed."""
 
     def __post_init__(self) -> None:
+        simple = len(self.goals) == 1 and not self.limits
         for name, value, rule, holds in (
             *((name, getattr(self, name), ">= 1", getattr(self, name) >= 1) for name in COUNTS),
             *((name, getattr(self, name), "> 0", getattr(self, name) > 0) for name in AMOUNTS),
@@ -106,15 +107,22 @@ class Study:
             if not holds:
                 raise ConfigError(f"{name} of study {self.name!r} must be {rule}, got {value!r}")
         config = self.config()
+        if config.retrieval.ks[0] != 1:
+            raise ConfigError(f"retrieval.ks of study {self.name!r} must begin with 1, got {config.retrieval.ks}")
         if self.folds > config.data.folds:
             rule = f"at most data.folds = {config.data.folds}"
             raise ConfigError(f"folds of study {self.name!r} must be {rule}, got {self.folds}")
         check_space(self.space)
         for name, dimension in self.space.items():
             for end in ends(dimension):
-                with_settings(config, {name: end})
+                with_settings(config, {**dimension.when, name: end})
         if self.baseline is not None:
             with_settings(config, self.baseline)
+
+    @property
+    def steps_are_parts(self) -> bool:
+        """Whether what the pruner looks at are a trial's folds and seeds, and not its epochs."""
+        return self.pruner in PARTS
 
     def config(self, params: Settings | None = None) -> Config:
         """The run that the base describes, with a trial's parameters where given."""

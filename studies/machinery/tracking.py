@@ -8,12 +8,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from hdml_core.config import Setting
-from studies.machinery.experiment import Experiment, Machine, TrackerError, now
+from studies.machinery.experiment import Experiment, Machine, SeenRun, TrackerError, now
 from studies.machinery.ledger import ATTEMPTS, Row
 from studies.machinery.records import RUN_STATUS, TAG_ATTEMPT, Kind, Record, State, run_name
 from studies.machinery.spool import REFUSED, Event, Spool, refused
@@ -33,10 +33,10 @@ class Recorder:
 
     def __init__(self, uri: str, study: str, study_id: str, folder: Path, artifacts: Path | None = None) -> None:
         """`folder` is where the spool is kept; for the rest see Experiment, and what it raises."""
-        self._experiment = Experiment(uri, study, study_id, artifacts)
+        self._driver = uuid.uuid4().hex
+        self._experiment = Experiment(uri, study, study_id, artifacts, self._driver)
         self._study = study
         self._folder = folder
-        self._driver = uuid.uuid4().hex
         self._in_hand: dict[tuple[Kind, int], int] = {}
         self._over = threading.Event()
         self._closed = threading.Event()
@@ -57,7 +57,7 @@ class Recorder:
         for each in left:
             say_last_words(each, living)
         self._spools = [*left, self._own]
-        self._write("open", driver=self._driver, question=question, tags=self._tags, time=now())
+        self._write("open", question=question, tags=self._tags)
         self._observer.start()
         self._sender.start()
 
@@ -66,11 +66,10 @@ class Recorder:
         self._in_hand[kind, row.number] = row.notes[ATTEMPTS]
         self._write(
             "begin",
-            driver=self._driver,
             kind=kind,
             number=row.number,
             attempt=row.notes[ATTEMPTS],
-            time=int(1000 * row.began.timestamp()),
+            began=int(1000 * row.began.timestamp()),
             name=run_name(kind, row.number, row.params),
             tags=self._tags,
             params={name: str(value) for name, value in settings.items()},
@@ -93,12 +92,11 @@ class Recorder:
     def end(self, kind: Kind, number: int, state: State, reason: str = "") -> None:
         """Give the trial's run its state, the reason if it failed, and its status."""
         attempt = self._in_hand.pop((kind, number))
-        trial = {"kind": kind, "number": number, "attempt": attempt}
-        self._write("end", durable=True, **trial, state=state, reason=reason, time=now())
+        self._write("end", True, kind=kind, number=number, attempt=attempt, state=state, reason=reason)
 
     def note(self, name: str, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         """Record what is no trial, in a run of its own; once for each name."""
-        self._write("note", durable=True, name=name, tags=dict(tags), metrics=dict(metrics), time=now())
+        self._write("note", True, name=name, tags=dict(tags), metrics=dict(metrics))
 
     def run_id(self, kind: Kind, number: int) -> str | None:
         """The run of a trial in hand, as soon as it is known."""
@@ -118,7 +116,7 @@ class Recorder:
         self._observer.join()
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         status = "FINISHED" if kind is None else "KILLED" if interrupted else "FAILED"
-        self._own.append(_last_words(self._driver, status, self._in_hand, now()), durable=True)
+        self._own.append(_last_words(self._driver, now(), status, self._in_hand), durable=True)
         self._closed.set()
         while self._sender.is_alive():
             before = self.unsent
@@ -131,13 +129,13 @@ class Recorder:
         if count := refused(self._folder):
             print(f"{count} events that MLflow refused are kept in {self._folder / REFUSED}", file=sys.stderr)
 
-    def _write(self, do: str, durable: bool = False, **said: Any) -> None:
-        self._own.append({"do": do, **said}, durable)
+    def _write(self, do: str, durable: bool = False, **what: Any) -> None:
+        self._own.append({"do": do, "driver": self._driver, "time": now(), **what}, durable)
 
     def _observe(self) -> None:
         machine = Machine()
         while not self._over.wait(OBSERVE_EVERY):
-            self._write("observe", metrics=machine.look(), time=now())
+            self._write("observe", metrics=machine.look())
 
     def _send(self) -> None:
         failures = 0
@@ -183,6 +181,21 @@ def synchronise(uri: str, study: str, study_id: str, folder: Path, artifacts: Pa
     return sent
 
 
+def set_aside(uri: str, study: str, aside: str) -> None:
+    """Rename the study's experiment, its runs ended. Raises TrackerError where nobody answers."""
+    Experiment(uri, study, "").set_aside(aside)
+
+
+def runs_of(uri: str, study: str, study_id: str) -> list[SeenRun]:
+    """All runs of the study. Raises TrackerError where nobody answers."""
+    return Experiment(uri, study, study_id).runs()
+
+
+def series_of(uri: str, runs: Sequence[SeenRun], metric: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) points of a metric by run id, in their order. Raises TrackerError where nobody answers."""
+    return Experiment(uri, "", "").series(runs, metric)
+
+
 def forward(spool: Spool, experiment: Experiment) -> int:
     """Send a spool's next events, and note that; return how many there were. What is refused is set aside.
 
@@ -208,16 +221,10 @@ def say_last_words(left: Spool, living: int) -> None:
                 in_hand.pop((kind, number), None)
             case {"do": "close"}:
                 return
-    if time:
-        status = None if living else RUN_STATUS["RUNNING"]
-        left.append(_last_words(driver, status, in_hand, time), durable=True)
+    if driver:
+        left.append(_last_words(driver, time, None if living else RUN_STATUS["RUNNING"], in_hand), durable=True)
 
 
-def _last_words(driver: str, status: str | None, in_hand: Mapping[tuple[Kind, int], int], time: int) -> Event:
+def _last_words(driver: str, time: int, status: str | None, in_hand: Mapping[tuple[Kind, int], int]) -> Event:
     trials = [(kind, number, attempt) for (kind, number), attempt in in_hand.items()]
-    return {"do": "close", "driver": driver, "status": status, "in_hand": trials, "time": time}
-
-
-def set_aside(uri: str, study: str, aside: str) -> None:
-    """Rename the study's experiment, its runs ended."""
-    Experiment(uri, study, "").set_aside(aside)
+    return {"do": "close", "driver": driver, "time": time, "status": status, "in_hand": trials}

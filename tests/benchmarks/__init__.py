@@ -4,14 +4,18 @@ A benchmark is a module here with `run(quick)` that returns a list of Rows or Co
 Machines are noisy and of all kinds, so what counts is the ratio of medians, never a time by itself.
 """
 
+import os
+import signal
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
+import optuna
 
 from tests.conftest import ROOT
 
@@ -69,8 +73,31 @@ def compare(what: str, ours: Callable[[], object], peer_name: str, peer: Callabl
     return Row(what, statistics.median(times[ours]), peer_name, statistics.median(times[peer]), repeats)
 
 
-def start_driver(out: Path, module: str, *arguments: object) -> psutil.Popen:
-    """Start a study's driver where no one else can reach its Ray; what it says goes to `driver.log` in its folder."""
+@contextmanager
+def driver(out: Path, module: str, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a study's driver where no one else can reach its Ray, and end what is left of both at the end.
+
+    What it says goes to `driver.log` in its folder.
+    """
     command = [sys.executable, str(ROOT / "tests/isolated.py"), sys.executable, "-m", module, *map(str, arguments)]
-    with (out / "driver.log").open("w") as log:
-        return psutil.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    with (
+        (out / "driver.log").open("w") as log,
+        subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True) as process,
+    ):
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # Ray's agents outlive a driver by half a minute
+
+
+def toy_ledger(out: Path) -> optuna.Study:
+    """The toy study's rows; made beforehand, they can be watched from the first one on."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = f"sqlite:///{out}/ledger.db"
+    return optuna.create_study(storage=storage, study_name="toy", direction="maximize", load_if_exists=True)
+
+
+def trials_ended(study: optuna.Study) -> int:
+    """How many trials have ended."""
+    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))

@@ -7,7 +7,7 @@ every second checkpoint of a trial (`num_to_keep`), and `resume_errored`, since 
 that `OptunaSearch` does not know.
 
 Both sides run the same toys and are struck at the same moments of their ledgers. Then the same command is given again,
-until the study ends, or has crashed PATIENCE times by itself. What is left in the databases of Optuna and MLflow is
+until the study ends, or has crashed three times by itself. What is left in the databases of Optuna and MLflow is
 counted alike for both.
 """
 
@@ -34,22 +34,21 @@ from ray.air.integrations.mlflow import MLflowLoggerCallback
 from ray.tune.schedulers import MedianStoppingRule
 from ray.tune.search.optuna import OptunaSearch
 
-from tests.benchmarks import Count, start_driver
+from tests.benchmarks import Count, driver, toy_ledger, trials_ended
 from tests.machinery.toy_study import run_toy
 from tests.machinery.toys import EPOCHS, GOAL, value
 
 DIVERGES_ABOVE = 0.8
 PARALLEL, ATTEMPTS = 2, 3
-PATIENCE = 3
 LIMIT = 180
 """Seconds after which a driver that neither ends nor crashes is given up."""
 CRASHES = "restarts that crashed"
 
 
 class Blow(NamedTuple):
-    """A kill -9 of the driver or of a worker, once so many trials have ended."""
+    """A kill -9 of the driver or of a worker, after so many trials have ended."""
 
-    ended: int
+    after: int
     victim: str
 
 
@@ -69,7 +68,7 @@ def engine(out: Path, trials: int, pause: float) -> None:
 def ray_tune(out: Path, trials: int, pause: float) -> None:
     """Run or restore the study on Ray Tune."""
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "1"
-    ray.init(include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
     if tune.Tuner.can_restore(out / "toy"):
         tuner = tune.Tuner.restore(str(out / "toy"), climb, resume_unfinished=True, resume_errored=True)
     else:
@@ -117,66 +116,62 @@ SIDES: Mapping[str, Callable[[Path, int, float], None]] = {"engine": engine, "ra
 
 
 def run(quick: bool) -> list[Count]:
-    """Strike both sides at the same moments, an epoch later in each round, and add up what is left behind."""
-    trials, pause, blows, rounds = (
-        (4, 0.2, [Blow(2, "driver")], 1)
+    """Strike both sides at the same moments, some epochs later in each round, and add up what is left behind."""
+    trials, pause, blows, epochs_late, patience = (
+        (4, 0.2, [Blow(2, "driver")], [0.0], 1)
         if quick
-        else (12, 0.5, [Blow(2, "driver"), Blow(5, "worker"), Blow(8, "driver")], 4)
+        else (12, 0.5, [Blow(2, "driver"), Blow(5, "worker"), Blow(8, "driver")], [0.0, 1.5, 3.0], 3)
     )
     found: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
     last_words: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
-    for late in range(rounds):
+    for late in epochs_late:
         for side in SIDES:
             with tempfile.TemporaryDirectory(prefix=f"restore-{side}-", ignore_cleanup_errors=True) as folder:
-                crashes = endure(side, Path(folder), trials, pause, blows, late * pause)
+                crashes = endure(side, Path(folder), trials, pause, blows, late * pause, patience)
                 found[side].update(left_behind(Path(folder), trials))
-            found[side].update({CRASHES: len(crashes), "studies that never ended": int(len(crashes) == PATIENCE)})
+            found[side].update({CRASHES: len(crashes), "studies that never ended": int(len(crashes) == patience)})
             last_words[side].update(crashes)
     note = "; ".join(f"{times} x {words}" for words, times in last_words["ray_tune"].most_common())
     return [
-        Count(what, found["engine"][what], "Ray Tune", theirs, rounds, note if what == CRASHES else "")
+        Count(what, found["engine"][what], "Ray Tune", theirs, len(epochs_late), note if what == CRASHES else "")
         for what, theirs in found["ray_tune"].items()
     ]
 
 
-def endure(side: str, out: Path, trials: int, pause: float, blows: Sequence[Blow], late: float) -> list[str]:
-    """Give the same command until the study ends, each blow `late` seconds after its moment.
+def endure(
+    side: str, out: Path, trials: int, pause: float, blows: Sequence[Blow], late: float, patience: int
+) -> list[str]:
+    """Give the same command until the study ends, or has crashed `patience` times; a blow falls `late` seconds late.
 
     Returns the last words of every driver that died and was not struck.
     """
-    study = optuna.create_study(storage=f"sqlite:///{out}/ledger.db", study_name="toy", direction="maximize")
-    coming, kin, crashes = deque(blows), set[psutil.Process](), []
-    while len(crashes) < PATIENCE:
-        driver = start_driver(out, __name__, side, out, trials, pause)
-        begun = time.monotonic()
-        while driver.poll() is None:
-            time.sleep(0.05)
-            ended = sum(row.state.is_finished() for row in study.get_trials(deepcopy=False))
-            if coming and ended >= coming[0].ended:
-                time.sleep(late)
-                kin.update(driver.children(recursive=True))
-                if strike(driver, coming[0].victim):
-                    coming.popleft()
-            if time.monotonic() > begun + LIMIT:
-                kin.update(driver.children(recursive=True))
-                driver.send_signal(signal.SIGABRT)
-        if driver.returncode == 0:
+    study = toy_ledger(out)
+    coming, crashes = deque(blows), []
+    while len(crashes) < patience:
+        with driver(out, __name__, side, out, trials, pause) as process:
+            deadline = time.monotonic() + LIMIT
+            while process.poll() is None:
+                time.sleep(0.05)
+                if coming and trials_ended(study) >= coming[0].after:
+                    time.sleep(late)
+                    if strike(process.pid, coming[0].victim):
+                        coming.popleft()
+                if time.monotonic() > deadline:
+                    process.send_signal(signal.SIGABRT)
+        if process.returncode == 0:
             break
-        if driver.returncode != -signal.SIGKILL:
+        if process.returncode != -signal.SIGKILL:
             words = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", (out / "driver.log").read_text(), re.MULTILINE)
-            crashes.append(words[-1] if words else f"exit status {driver.returncode}")
-    for process in kin:  # some of Ray's own outlive a killed driver by half a minute
-        if process.is_running():
-            process.kill()
+            crashes.append(words[-1] if words else f"exit status {process.returncode}")
     return crashes
 
 
-def strike(driver: psutil.Popen, victim: str) -> bool:
-    """Kill the driver, or a worker in the middle of a trial; False where there is none."""
+def strike(driver_id: int, victim: str) -> bool:
+    """Kill a driver, or its worker that is in the middle of a trial; False where there is none."""
     if victim == "driver":
-        driver.kill()
+        os.kill(driver_id, signal.SIGKILL)
         return True
-    for process in driver.children(recursive=True):
+    for process in psutil.Process(driver_id).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if re.match(r"ray::\w+\.train", " ".join(process.cmdline())):
                 process.kill()
@@ -186,7 +181,7 @@ def strike(driver: psutil.Popen, victim: str) -> bool:
 
 def left_behind(out: Path, trials: int) -> dict[str, int]:
     """Count what the databases of Optuna and MLflow say of a study that is over."""
-    rows = optuna.load_study(storage=f"sqlite:///{out}/ledger.db", study_name="toy").get_trials()
+    rows = toy_ledger(out).get_trials()
     client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
     found = client.search_runs([client.get_experiment_by_name("toy").experiment_id])
     runs = {run: client.get_metric_history(run.info.run_id, "train/j_m") for run in found if "x" in run.data.params}

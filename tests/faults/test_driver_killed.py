@@ -81,7 +81,7 @@ def test_a_driver_that_is_killed_takes_its_own_ray_along(drivers, undisturbed):
     assert any("raylet" in member.name() for member in family)
     process.kill()
     process.join()
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=90)
     assert not alive
     assert study.run(pause=0.0) == 0, study.said()
     settled(study, undisturbed)

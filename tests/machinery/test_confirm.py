@@ -247,6 +247,7 @@ def test_paper_mode_is_labelled_everywhere_and_stands_beside_the_honest_number(p
     (row,) = openings(ledger)
     assert row.label == "paper-1"
     assert {"paper-1", "paper-1-opened"} == trained.recorder.notes.keys()
+    assert {tags["opening"] for tags, _ in trained.recorder.notes.values()} == {"paper-1"}
     metrics = trained.recorder.notes["paper-1"][1]
     assert metrics["paper/nmi_best"] == pytest.approx(metrics["test/nmi_best"] + 0.2)
     assert not [name for name in metrics if name.startswith("paper/") and ("p_value" in name or "width" in name)]

@@ -37,6 +37,8 @@ def terms(space=SPACE, **settings):
         "goals": {"g": "maximize"},
         "folds": 1,
         "seeds": 1,
+        "limits": {},
+        "steps": "epochs",
         "data": "0",
         "space": to_json(space),
     }
