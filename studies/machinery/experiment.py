@@ -407,6 +407,8 @@ def _check(uri: str) -> None:
         raise ValueError("it must be http://HOST or http://HOST:PORT")
     if _scheme(uri) in DATABASE_SERVERS:
         create_engine(uri)
+    elif _scheme(uri) == "sqlite":
+        _make_schema(uri)
     else:
         _connect(uri)
 
@@ -419,9 +421,14 @@ def _connect(uri: str) -> mlflow.MlflowClient:
         with create_engine(uri).connect():
             pass
     if _scheme(uri) == "sqlite":
-        # A driver that is killed while MLflow makes its schema, or two that make it at once, would spoil it.
-        make_whole(Path(make_url(uri).database or ""), mlflow.MlflowClient)
+        _make_schema(uri)
     return mlflow.MlflowClient(uri)
+
+
+def _make_schema(uri: str) -> None:
+    # A driver that is killed while MLflow makes its schema, or two that make it at once, would spoil it.
+    os.environ.update(HABITS)
+    make_whole(Path(make_url(uri).database or ""), mlflow.MlflowClient)
 
 
 def _scheme(uri: str) -> str:

@@ -82,16 +82,12 @@ class Lease:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name=f"lease of {study}", daemon=True)
         self._stood: dict[tuple[str, int], int] = {}
-        make_table(engine)
-        while True:
-            others = self._living()
-            if others and not join:
-                raise LeaseError(
-                    f"study {study!r} is at work already: {others[0]}. Wait for it, stop it, or run the study with "
-                    "--join to work on the same trials beside it"
-                )
-            if self._insert(max((other.place for other in others), default=-1) + 1):
-                break
+        try:
+            self._take(join)
+        except DBAPIError as error:
+            here = holders(engine, study)
+            whose = f", which is in the hands of {here[0]}" if here else ""
+            raise LeaseError(f"the ledger of study {study!r}{whose}, can't be written: {error.orig}") from error
         event.listen(engine, "commit", self._demand)
 
     def others(self) -> set[str]:
@@ -121,6 +117,18 @@ class Lease:
         event.remove(self._engine, "commit", self._demand)
         with suppress(DBAPIError):
             self._delete(LEASES.c.token == self.token)
+
+    def _take(self, join: bool) -> None:
+        make_table(self._engine)
+        while True:
+            others = self._living()
+            if others and not join:
+                raise LeaseError(
+                    f"study {self.study!r} is at work already: {others[0]}. Wait for it, stop it, or run the study "
+                    "with --join to work on the same trials beside it"
+                )
+            if self._insert(max((other.place for other in others), default=-1) + 1):
+                return
 
     def _beat_on(self) -> None:
         own = (LEASES.c.study == self.study, LEASES.c.token == self.token)

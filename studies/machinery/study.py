@@ -97,12 +97,8 @@ class Study:
             ("node_price", self.node_price, "> 0 under a max_cost", self.node_price > 0 or self.max_cost == math.inf),
             *(("goals", name, f"of {', '.join(GOALS)}", name in GOALS) for name in (*self.goals, *self.limits)),
             ("goals", [*self.goals], f"one of {', '.join(VALIDATED)} first", self.goal in VALIDATED),
-            (
-                "sampler",
-                self.sampler,
-                "another for several goals",
-                len(self.goals) == 1 or self.sampler not in ONE_GOAL,
-            ),
+            ("sampler", self.sampler, "another for several goals or limits", simple or self.sampler not in ONE_GOAL),
+            ("seed", self.seed, ">= 0", self.seed >= 0),
         ):
             if not holds:
                 raise ConfigError(f"{name} of study {self.name!r} must be {rule}, got {value!r}")

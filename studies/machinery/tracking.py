@@ -8,12 +8,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from hdml_core.config import Setting
-from studies.machinery.experiment import Experiment, Machine, SeenRun, TrackerError, now
+from studies.machinery.experiment import Experiment, Machine, TrackerError, now
 from studies.machinery.ledger import ATTEMPTS, Row
 from studies.machinery.records import RUN_STATUS, TAG_ATTEMPT, Kind, Record, State, run_name
 from studies.machinery.spool import REFUSED, Event, Spool, refused
@@ -21,7 +21,7 @@ from studies.machinery.spool import REFUSED, Event, Spool, refused
 CHUNK = 100
 """Events that are sent before that is noted."""
 LOOK_EVERY, LONGEST_PAUSE = 1.0, 30.0
-"""Seconds between two looks at the spool, and at most between two tries where nobody answers."""
+"""Seconds between two looks at the spool; twice as many after each try that nobody answers, and at most so many."""
 LAST_TRIES, STALLED = 2, 30.0
 """At a driver's end, tries without an answer, or seconds without progress, until the rest is left for later."""
 OBSERVE_EVERY = 5.0
@@ -125,9 +125,9 @@ class Recorder:
                 break
         if self.unsent:
             way_out = f"python -m studies sync {self._study}"
-            print(f"{self.unsent} events wait in {self._folder} for MLflow: {way_out}", file=sys.stderr)
+            print(f"unsent events: {self.unsent}, kept in {self._folder}; {way_out} sends them", file=sys.stderr)
         if count := refused(self._folder):
-            print(f"{count} events that MLflow refused are kept in {self._folder / REFUSED}", file=sys.stderr)
+            print(f"events that MLflow refused: {count}, kept in {self._folder / REFUSED}", file=sys.stderr)
 
     def _write(self, do: str, durable: bool = False, **what: Any) -> None:
         self._own.append({"do": do, "driver": self._driver, "time": now(), **what}, durable)
@@ -145,15 +145,17 @@ class Recorder:
                 for each in self._spools:
                     while forward(each, self._experiment):
                         failures = 0
-                failures = 0
             except (TrackerError, OSError) as error:
                 failures += 1
                 # The first may be no more than a connection that the server has closed meanwhile.
                 if failures == LAST_TRIES:
                     print(f"{error}; what it misses is kept", file=sys.stderr)
+            else:
+                failures = 0
             if last and (not failures or failures >= LAST_TRIES):
                 break
-            (time.sleep if last else self._closed.wait)(min(LOOK_EVERY * 2**failures, LONGEST_PAUSE))
+            pause = min(LOOK_EVERY * 2 ** min(failures, 9), LONGEST_PAUSE)
+            (time.sleep if last else self._closed.wait)(pause)
         for each in self._spools:
             each.close()
 
@@ -175,7 +177,7 @@ def synchronise(uri: str, study: str, study_id: str, folder: Path, artifacts: Pa
         for each in left:
             each.close()
     if living:
-        print(f"{living} drivers of {study} are at work, and send what is theirs themselves", file=sys.stderr)
+        print(f"drivers at work on {study}: {living}; they send what is theirs themselves", file=sys.stderr)
     else:
         experiment.end_running()
     return sent
@@ -186,25 +188,16 @@ def set_aside(uri: str, study: str, aside: str) -> None:
     Experiment(uri, study, "").set_aside(aside)
 
 
-def runs_of(uri: str, study: str, study_id: str) -> list[SeenRun]:
-    """All runs of the study. Raises TrackerError where nobody answers."""
-    return Experiment(uri, study, study_id).runs()
-
-
-def series_of(uri: str, runs: Sequence[SeenRun], metric: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) points of a metric by run id, in their order. Raises TrackerError where nobody answers."""
-    return Experiment(uri, "", "").series(runs, metric)
-
-
 def forward(spool: Spool, experiment: Experiment) -> int:
     """Send a spool's next events, and note that; return how many there were. What is refused is set aside.
 
     Raises TrackerError where they have to wait.
     """
     events = spool.read(CHUNK)
-    for event, reason in experiment.tell(events) if events else ():
-        spool.refuse(event, reason)
-    spool.acknowledge()
+    if events:
+        for event, reason in experiment.tell(events):
+            spool.refuse(event, reason)
+        spool.acknowledge()
     return len(events)
 
 

@@ -36,7 +36,7 @@ class Row(NamedTuple):
         return self.ours / self.peer
 
     def __str__(self) -> str:
-        return f"{self.what:48} {self.ours:9.4g} {self.unit:2} {self.ratio:7.3f} x {self.peer_name}"
+        return f"{self.what:50} {self.ours:9.4g} {self.unit:2} {self.ratio:7.3f} x {self.peer_name}"
 
     def record(self) -> dict[str, Any]:
         """The row in plain types."""
@@ -54,7 +54,7 @@ class Count(NamedTuple):
     note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.what:48} {self.ours:9} {self.peer:10} of {self.peer_name}{self.note and f': {self.note}'}"
+        return f"{self.what:50} {self.ours:9} {self.peer:10} of {self.peer_name}{self.note and f': {self.note}'}"
 
     def record(self) -> dict[str, Any]:
         """The count in plain types."""

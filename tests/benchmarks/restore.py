@@ -34,6 +34,7 @@ from ray.air.integrations.mlflow import MLflowLoggerCallback
 from ray.tune.schedulers import MedianStoppingRule
 from ray.tune.search.optuna import OptunaSearch
 
+from studies.machinery.records import TAG_TRIAL, trial_id
 from tests.benchmarks import Count, driver, toy_ledger, trials_ended
 from tests.machinery.toy_study import run_toy
 from tests.machinery.toys import EPOCHS, GOAL, value
@@ -123,15 +124,15 @@ def run(quick: bool) -> list[Count]:
         else (12, 0.5, [Blow(2, "driver"), Blow(5, "worker"), Blow(8, "driver")], [0.0, 1.5, 3.0], 3)
     )
     found: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
-    last_words: dict[str, Counter[str]] = {side: Counter() for side in SIDES}
+    last_words: Counter[str] = Counter()
     for late in epochs_late:
         for side in SIDES:
             with tempfile.TemporaryDirectory(prefix=f"restore-{side}-", ignore_cleanup_errors=True) as folder:
                 crashes = endure(side, Path(folder), trials, pause, blows, late * pause, patience)
                 found[side].update(left_behind(Path(folder), trials))
             found[side].update({CRASHES: len(crashes), "studies that never ended": int(len(crashes) == patience)})
-            last_words[side].update(crashes)
-    note = "; ".join(f"{times} x {words}" for words, times in last_words["ray_tune"].most_common())
+            last_words.update(f"{side}: {words}" for words in crashes)
+    note = "; ".join(f"{times} x {words}" for words, times in last_words.most_common())
     return [
         Count(what, found["engine"][what], "Ray Tune", theirs, len(epochs_late), note if what == CRASHES else "")
         for what, theirs in found["ray_tune"].items()
@@ -146,7 +147,8 @@ def endure(
     Returns the last words of every driver that died and was not struck.
     """
     study = toy_ledger(out)
-    coming, crashes = deque(blows), []
+    coming = deque(blows)
+    crashes: list[str] = []
     while len(crashes) < patience:
         with driver(out, __name__, side, out, trials, pause) as process:
             deadline = time.monotonic() + LIMIT
@@ -185,7 +187,7 @@ def left_behind(out: Path, trials: int) -> dict[str, int]:
     client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
     found = client.search_runs([client.get_experiment_by_name("toy").experiment_id])
     runs = {run: client.get_metric_history(run.info.run_id, "train/j_m") for run in found if "x" in run.data.params}
-    steps_per_epoch = min(point.step for series in runs.values() for point in series)
+    steps_per_epoch = min((point.step for series in runs.values() for point in series), default=1)
     # Its x is all that ties a run of Ray Tune's to a row.
     rows_of: dict[float, list[FrozenTrial]] = defaultdict(list)
     runs_of: dict[float, list[Recorded]] = defaultdict(list)
@@ -195,13 +197,13 @@ def left_behind(out: Path, trials: int) -> dict[str, int]:
         epochs = [point.step // steps_per_epoch for point in series]
         runs_of[round(float(run.data.params["x"]), 9)].append(Recorded(run.info.status, epochs))
     faults = [faults_of(rows_of[x], runs_of[x]) for x in rows_of.keys() | runs_of.keys()]
-    run_ids = {run.info.run_id for run in runs}
+    numbers = {run.data.tags.get(TAG_TRIAL) for run in runs}
     return {
         "trials that there should be": trials,
         "trials ended once, and told so alike": sum(not any(of.values()) for of in faults),
         "trials lost": max(0, trials - sum(any(row.state.is_finished() for row in of) for of in rows_of.values())),
         **{what: sum(of[what] for of in faults) for what in faults[0]},
-        "rows that name no run": sum(run_ids.isdisjoint(map(str, row.user_attrs.values())) for row in rows),
+        "rows whose number no run bears": sum(trial_id(row.number) not in numbers for row in rows),
     }
 
 
@@ -212,7 +214,7 @@ def faults_of(rows: Sequence[FrozenTrial], runs: Sequence[Recorded]) -> dict[str
     to_the_end = any(row.state == TrialState.COMPLETE and is_true(row) for row in ended)
     lasts = [EPOCHS if to_the_end else max(run.epochs, default=0) for run in closed]
     return {
-        "trials ended twice": int(len(ended) > 1 or len(closed) > 1),
+        "trials ended twice": int(len(ended) > 1 or sum(EPOCHS in run.epochs for run in runs) > 1),
         "rows left RUNNING": len(rows) - len(ended),
         "rows with a false state or value": sum(not is_true(row) for row in ended),
         "runs left RUNNING": len(runs) - len(closed),

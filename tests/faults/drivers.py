@@ -6,12 +6,14 @@ import signal
 import sys
 import time
 import traceback
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import mlflow
 import optuna
 
+from studies.machinery import lease as leases
 from studies.machinery import ledger as ledgers
 from studies.machinery.lease import Lease
 from studies.machinery.ledger import Ledger
@@ -59,6 +61,9 @@ LAST_SEAMS = [*both(Recorder, "__exit__"), *both(Lease, "__exit__")]
 SEAMS = LEDGER_SEAMS + RECORDER_SEAMS + TRACKER_SEAMS + LAST_SEAMS
 
 
+SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}
+
+
 class Fault(NamedTuple):
     """What happens at a seam, the nth time that the driver comes there."""
 
@@ -66,7 +71,8 @@ class Fault(NamedTuple):
     """Of SEAMS."""
     nth: int = 1
     act: str = "kill"
-    """`kill` ends the driver with no word; `pause` waits there for `go`."""
+    """`kill` ends the driver with no word; `freeze` stops it until it is told to go on; `pause` waits there for `go`;
+    `jump H` moves its clock by H hours."""
 
 
 def put_in(fault, out):
@@ -80,8 +86,12 @@ def put_in(fault, out):
         count += 1
         if count != fault.nth:
             return
-        if fault.act == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if fault.act in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[fault.act])
+            return
+        if fault.act.startswith("jump"):
+            jump(float(fault.act.split()[1]))
+            return
         (out / "at-seam").touch()
         while not (out / "go").exists():
             time.sleep(0.01)
@@ -95,6 +105,19 @@ def put_in(fault, out):
         return result
 
     setattr(seam.owner, seam.call, hooked)
+
+
+def jump(hours):
+    """Move the clock of this process, as far as it looks at one."""
+    before = time.time
+
+    class Moved(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(hours=hours)
+
+    time.time = lambda: before() + 3600 * hours
+    optuna.storages._rdb.storage.datetime = leases.datetime = Moved
 
 
 def drive(out, trials, fault, environment, settings):
@@ -121,13 +144,14 @@ class Drivers:
 
     def __init__(self, out: Path, trials: int, environment, **settings):
         self.out, self.trials, self.environment, self.settings = out, trials, environment, settings
-        out.mkdir(parents=True, exist_ok=True)
+        self._started = []
 
     def start(self, fault=None, **settings):
         """Start a driver, and return its process."""
         arguments = (self.out, self.trials, fault, self.environment, {**self.settings, **settings})
         process = PROCESSES.Process(target=drive, args=arguments)
         process.start()
+        self._started.append(process)
         return process
 
     def run(self, fault=None, limit=120, **settings):
@@ -139,6 +163,12 @@ class Drivers:
             process.join()
             raise TimeoutError(f"the driver was still at work after {limit} s:\n{self.said()}")
         return process.exitcode
+
+    def end(self):
+        """Kill what is still there of all drivers."""
+        for process in self._started:
+            process.kill()
+            process.join()
 
     def said(self):
         """What all drivers wrote to the terminal."""

@@ -1,6 +1,7 @@
 """What must hold of a study once it is over, whatever happened to it."""
 
 from collections import Counter
+from contextlib import contextmanager
 
 import mlflow
 from sqlalchemy import select
@@ -14,16 +15,27 @@ from tests.machinery.toys import EPOCHS, value
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "FINISHED", "FAIL": "FAILED"}
 
 
+@contextmanager
+def opened(drivers):
+    """The database of the study's ledger, for a look."""
+    storage = open_storage(drivers.environment["HDML_LEDGER"])
+    yield storage
+    storage.engine.dispose()
+
+
 def points(drivers):
     """What an undisturbed study tries and finds: parameters, state and values of every trial, and its best one."""
-    ledger = existing(open_storage(drivers.environment["HDML_LEDGER"]), "toy")
-    return [(row.number, row.params, row.state, row.values) for row in ledger.rows()], ledger.best().number
+    with opened(drivers) as storage:
+        ledger = existing(storage, "toy")
+        return [(row.number, row.params, row.state, row.values) for row in ledger.rows()], ledger.best().number
 
 
 def settled(drivers, undisturbed=None, failed=()):
     """No finished trial twice, none lost, nothing left RUNNING, each step of each series once, the same best trial."""
-    storage = open_storage(drivers.environment["HDML_LEDGER"])
-    rows = existing(storage, "toy").rows()
+    with opened(drivers) as storage:
+        rows = existing(storage, "toy").rows()
+        with storage.engine.connect() as connection:
+            assert connection.execute(select(LEASES)).all() == []
     assert [row.number for row in rows] == list(range(drivers.trials))
     assert {row.number for row in rows if row.state == "FAIL"} == set(failed)
     for row in rows:
@@ -35,8 +47,6 @@ def settled(drivers, undisturbed=None, failed=()):
         assert CHECKPOINTS in row.notes
     if undisturbed is not None:
         assert points(drivers) == undisturbed
-    with storage.engine.connect() as connection:
-        assert connection.execute(select(LEASES)).all() == []
     recorded(drivers, rows)
     return rows
 

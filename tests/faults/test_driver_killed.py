@@ -9,15 +9,14 @@ import time
 import psutil
 import pytest
 
+from tests.faults import ALL, chosen
 from tests.faults.drivers import LAST_SEAMS, SEAMS, Fault
 from tests.faults.invariants import points, settled
 
 pytestmark = pytest.mark.cluster
-ALL = os.environ.get("HDML_FAULTS") == "all"
 KILLS = 200 if ALL else 10
 
 
-@pytest.mark.skipif(ALL, reason="HDML_FAULTS=all gives each seam a study of its own")
 def test_killed_at_every_seam_one_after_another(drivers, undisturbed):
     study = drivers()
     for seam in range(len(SEAMS)):
@@ -26,8 +25,7 @@ def test_killed_at_every_seam_one_after_another(drivers, undisturbed):
     settled(study, undisturbed)
 
 
-@pytest.mark.skipif(not ALL, reason="a study for each seam: HDML_FAULTS=all")
-@pytest.mark.parametrize("seam", range(len(SEAMS)), ids=[str(seam) for seam in SEAMS])
+@pytest.mark.parametrize("seam", chosen(range(len(SEAMS)), []), ids=lambda seam: str(SEAMS[seam]))
 def test_killed_at_a_seam(drivers, undisturbed, seam):
     study = drivers()
     in_the_middle = 1 if SEAMS[seam] in LAST_SEAMS else 3
@@ -53,12 +51,12 @@ def test_killed_at_random(drivers, tmp_path):
         if process.exitcode == 0:  # it was done: the next study begins
             settled(study, points(quiet))
             shutil.rmtree(study.out)
-            study.out.mkdir()
+            study = drivers(study.out, **how)
     assert study.run() == 0, study.said()
     settled(study, points(quiet))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", chosen([signal.SIGINT, signal.SIGTERM], [signal.SIGINT]))
 def test_asked_to_stop_it_saves_and_goes_on(drivers, undisturbed, signum):
     study = drivers(pause=0.1)
     process = study.start()

@@ -4,9 +4,13 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
-from tests.faults.invariants import settled
+from studies.machinery.ledger import existing
+from tests.faults import chosen
+from tests.faults.drivers import SEAMS, Fault
+from tests.faults.invariants import opened, settled
 
 pytestmark = pytest.mark.cluster
 
@@ -53,15 +57,28 @@ def test_of_two_joined_drivers_one_is_killed(drivers):
     settled(study)
 
 
+REPORT = next(number for number, seam in enumerate(SEAMS) if str(seam) == "before Ledger.report")
+
+
 def test_a_driver_that_was_taken_for_dead_writes_nothing_more(drivers, undisturbed):
-    study = drivers(pause=0.1)
-    silent = study.start()
-    begun(study, 2)
-    os.kill(silent.pid, signal.SIGSTOP)
+    study = drivers()
+    silent = study.start(Fault(REPORT, nth=12, act="freeze"))
+    while psutil.Process(silent.pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.02)
     assert study.run() == 0, study.said()
-    settled(study, undisturbed)
+    with opened(study) as storage:
+        rows = existing(storage, "toy").rows()
     os.kill(silent.pid, signal.SIGCONT)
     silent.join(60)
     assert silent.exitcode == 1
     assert "LeaseLostError: another driver took this one for dead" in study.said()
+    # It may have been stopped with the tracker's database in its hands: what could not be sent goes now.
+    assert study.run() == 0, study.said()
+    assert settled(study, undisturbed) == rows
+
+
+@pytest.mark.parametrize("hours", chosen([-24, 24], [-24]))
+def test_the_clock_jumps(drivers, undisturbed, hours):
+    study = drivers()
+    assert study.run(Fault(REPORT, nth=12, act=f"jump {hours}")) == 0, study.said()
     settled(study, undisturbed)

@@ -1,22 +1,23 @@
 """Workers that die, raise, hang or leak, and nodes that go: a trial is tried again, as often as it may be."""
 
+import time
+from contextlib import suppress
+
 import pytest
 
 from studies.machinery.ledger import ATTEMPTS, CRASHES, REASON
+from tests.faults import chosen
 from tests.faults.invariants import points, settled
+from tests.services import small_disk
 
 pytestmark = pytest.mark.cluster
 
 
-@pytest.mark.parametrize(
-    ("what", "reason"),
-    [
-        ("dies_in_step", "ActorDiedError"),
-        ("dies_in_checkpoint", "ActorDiedError"),
-        ("dies_in_report", "ActorDiedError"),
-        ("raises", "OSError: the disk is full"),
-    ],
-)
+DEATHS = [("dies_in_step", "ActorDiedError"), ("dies_in_report", "ActorDiedError")]
+OTHERS = [("dies_in_checkpoint", "ActorDiedError"), ("raises", "OSError: the disk is full")]
+
+
+@pytest.mark.parametrize(("what", "reason"), chosen(DEATHS + OTHERS, OTHERS))
 def test_a_trial_whose_worker_goes_is_tried_again(drivers, undisturbed, what, reason):
     study = drivers(**{what: 2})
     assert study.run() == 0, study.said()
@@ -80,3 +81,21 @@ def test_a_node_goes_in_the_middle(cluster, drivers, undisturbed):
     process.join(120)
     assert process.exitcode == 0, study.said()
     settled(study)
+
+
+def test_the_disk_is_full_at_a_checkpoint(drivers, undisturbed, tmp_path):
+    with small_disk(tmp_path / "toy", 1) as disk:
+        study = drivers(pause=0.1, max_attempts=1000)
+        process = study.start()
+        while not (disk / "0002/epochs.json").exists():
+            time.sleep(0.02)
+        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        while "No space left" not in study.said():
+            process.join(0.05)
+        (disk / "filler").unlink()
+        process.join(120)
+        assert process.exitcode == 0, study.said()
+        rows = settled(study, undisturbed)
+        assert any("No space left" in crash for row in rows for crash in row.notes.get(CRASHES, []))

@@ -2,12 +2,10 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import mlflow
+import mlflow.runs
 import pytest
 from mlflow.entities import Metric
 from sqlalchemy import create_engine, text
@@ -55,8 +53,12 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def places(tmp_path, schema):
-    shutil.copy(schema, tmp_path / "mlflow.db")
-    return Places(tmp_path, tmp_path, f"sqlite:///{tmp_path}/ledger.db", f"sqlite:///{tmp_path}/mlflow.db")
+    return places_in(tmp_path, schema)
+
+
+def places_in(folder, schema):
+    shutil.copy(schema, folder / "mlflow.db")
+    return Places(folder, folder, f"sqlite:///{folder}/ledger.db", f"sqlite:///{folder}/mlflow.db")
 
 
 @pytest.fixture
@@ -172,11 +174,21 @@ def everything(driver):
             driver.trial(value, "confirm", sealed, SEALED)
 
 
-@pytest.fixture
-def study(places, trained):
-    """A study that has all kinds of trials, undisturbed; to be disturbed."""
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, schema, trained):
+    """The folder of a study that has all kinds of trials."""
+    places = places_in(tmp_path_factory.mktemp("undisturbed"), schema)
     drive(places, everything)
     shutil.copytree(trained, places.out / "study" / "trials" / "0003" / "part-00")
+    return places.out
+
+
+@pytest.fixture
+def study(places, undisturbed):
+    """A copy of it, to be disturbed."""
+    shutil.copytree(undisturbed, places.out, dirs_exist_ok=True)
+    moved = "UPDATE trial_user_attributes SET value_json = replace(value_json, :old, :new)"
+    spoil(places.ledger_url, moved, old=str(undisturbed), new=str(places.out))
     return "study"
 
 
@@ -213,8 +225,8 @@ def mend(places, monkeypatch):
             match command.split():
                 case ["python", "-m", "studies", *arguments]:
                     assert commands(arguments) == 0
-                case ["mlflow", *arguments]:
-                    subprocess.run([sys.executable, "-m", "mlflow", *arguments], check=True, capture_output=True)
+                case ["mlflow", "runs", *arguments]:
+                    mlflow.runs.commands(arguments, standalone_mode=False)
                 case ["rm", path, *_]:
                     Path(path).unlink()
                 case _:
@@ -249,13 +261,11 @@ def twin_of(run, client, **changes):
     return twin
 
 
-def spoil(places, statement, run_id, metric="", step=0):
-    """Do to MLflow's database what MLflow itself does not do."""
-    engine = create_engine(places.tracking_uri)
+def spoil(database, statement, **values):
+    """Do to a database what its owner does not do."""
+    engine = create_engine(database)
     with engine.begin() as connection:
-        values = {"run_id": run_id, "metric": metric, "step": step}
-        done = connection.execute(text(statement), {name: values[name] for name in values if f":{name}" in statement})
-    assert done.rowcount > 0
+        assert connection.execute(text(statement), values).rowcount > 0
     engine.dispose()
 
 
@@ -308,7 +318,7 @@ def test_a_run_that_was_deleted(places, study, client, noted, mend):
 
 def test_a_run_that_nobody_knows_of(places, study, client, run_of):
     client.delete_run(run_of(0, "baseline").info.run_id)
-    only(places, "trial 0000 of study.baseline is COMPLETE and has no run in MLflow", "put back the spool", SYNC)
+    only(places, "trial 0000 of study.baseline is COMPLETE and has no run in MLflow", "put its spool back into", SYNC)
 
 
 def test_two_runs_of_a_trial(places, study, client, run_of, mend):
@@ -364,20 +374,21 @@ def test_a_step_that_a_run_has_twice(places, study, client, run_of, metric):
 @pytest.mark.parametrize("step", [20, 30])
 def test_a_step_that_a_run_lacks(places, study, run_of, metric, step):
     run_id = run_of(3).info.run_id
-    spoil(places, f"{DELETE} AND key = :metric AND step = :step", run_id, metric, step)
+    spoil(places.tracking_uri, f"{DELETE} AND key = :metric AND step = :step", run_id=run_id, metric=metric, step=step)
     only(places, f"trial 0003 of study: run {run_id} lacks {metric} at step {step};")
 
 
 def test_an_epoch_that_a_run_lacks(places, study, run_of):
     run_id = run_of(3).info.run_id
-    spoil(places, f"{DELETE} AND step = :step", run_id, step=20)
+    spoil(places.tracking_uri, f"{DELETE} AND step = 20", run_id=run_id)
     only(places, f"trial 0003 of study: run {run_id} has 2 epochs, and the ledger heard of 3;")
 
 
 @pytest.mark.parametrize(("kind", "metric"), [("search", GOAL), ("baseline", GOAL), ("confirm", SEALED)])
 def test_a_run_that_ends_at_another_value(places, study, run_of, kind, metric):
     run_id = run_of(0, kind).info.run_id
-    spoil(places, "UPDATE latest_metrics SET value = 0.9 WHERE run_uuid = :run_id AND key = :metric", run_id, metric)
+    ends = "UPDATE latest_metrics SET value = 0.9 WHERE run_uuid = :run_id AND key = :metric"
+    spoil(places.tracking_uri, ends, run_id=run_id, metric=metric)
     only(places, f"run {run_id} ends at {metric} 0.9, and the ledger has 0.")
 
 
@@ -424,12 +435,8 @@ def test_trials_of_several_parts(places, trained, run_of, by_part):
     drive(places, act)
     assert verify("study", places) == []
     part = GOAL.replace("validation", PART)
-    spoil(
-        places,
-        f"{DELETE} AND step = 30 AND key = :metric",
-        run_of(0).info.run_id,
-        part,
-    )
+    run_id = run_of(0).info.run_id
+    spoil(places.tracking_uri, f"{DELETE} AND step = 30 AND key = :metric", run_id=run_id, metric=part)
     only(places, f"lacks {part} at step 30")
 
 

@@ -20,7 +20,7 @@ from studies.machinery.experiment import Experiment, TrackerError
 from studies.machinery.ledger import Row
 from studies.machinery.records import HELD_MEMORY, SECONDS, TAG_ATTEMPT, TAG_DEVICE, Record
 from studies.machinery.spool import REFUSED, Spool, refused
-from studies.machinery.tracking import Recorder, runs_of, series_of, set_aside, synchronise
+from studies.machinery.tracking import Recorder, set_aside, synchronise
 from tests.services import FaultyProxy, free_port
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -80,8 +80,16 @@ class Place:
     def synchronise(self):
         return synchronise(self.uri, self.study, self.study_id, self.spool, self.folder / "artifacts")
 
+    def experiment(self):
+        return Experiment(self.uri, self.study, self.study_id)
+
     def runs(self):
-        return {(run.kind, run.trial): run for run in runs_of(self.uri, self.study, self.study_id)}
+        return {(run.kind, run.trial): run for run in self.experiment().runs()}
+
+    def series(self, metric, kind="search", number=0):
+        """(step, value) points of a metric of one run."""
+        run = self.runs()[kind, number]
+        return self.experiment().series([run], metric)[run.run_id]
 
     def statuses(self):
         return {key: run.status for key, run in self.runs().items()}
@@ -94,13 +102,13 @@ class Place:
 
     def is_whole(self, trials, epochs=EPOCHS):
         """One run for each trial, every step of every series once, nothing RUNNING, nothing left to be sent."""
-        found = [run for run in runs_of(self.uri, self.study, self.study_id) if run.trial is not None]
+        found = [run for run in self.experiment().runs() if run.trial is not None]
         assert Counter(run.trial for run in found) == Counter(range(trials))
         assert "RUNNING" not in self.statuses().values()
         for metric in (SECONDS, "train/j_m", HELD_MEMORY):
-            steps = [[step for step, _ in points] for points in series_of(self.uri, found, metric).values()]
+            steps = [[step for step, _ in points] for points in self.experiment().series(found, metric).values()]
             assert steps == [[10 * epoch for epoch in range(1, epochs + 1)]] * trials, metric
-        for points in series_of(self.uri, found, "hardness/kept").values():
+        for points in self.experiment().series(found, "hardness/kept").values():
             assert sorted(points) == [(step, 0.5) for step in range(1, 10 * epochs + 1)]
         assert list(self.spool.iterdir()) == []
 
@@ -219,8 +227,7 @@ def test_a_note_is_a_run_of_its_own_and_once(place):
     run = place.run("confirm", None)
     assert (run.info.run_name, run.info.status, run.data.tags["seeds"]) == ("confirm-1", "FINISHED", "5")
     assert run.data.tags["mlflow.parentRunId"] == place.runs()["study", None].run_id
-    (points,) = series_of(place.uri, [place.runs()["confirm", None]], "test/recall_at_1_best").values()
-    assert points == [(0, 0.5)]
+    assert place.series("test/recall_at_1_best", "confirm", None) == [(0, 0.5)]
     assert len(place.runs()) == 2
 
 
@@ -231,7 +238,7 @@ def test_the_machine_is_watched(place, monkeypatch):
         sent(recorder)
     parent = place.runs()["study", None]
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= parent.metrics.keys()
-    (points,) = series_of(place.uri, [parent], "system/cpu_utilization_percentage").values()
+    points = place.series("system/cpu_utilization_percentage", "study", None)
     assert len({step for step, _ in points}) == len(points) > 1
 
 
@@ -248,7 +255,7 @@ def test_an_experiment_put_aside_keeps_its_runs(place):
     set_aside(place.uri, "study", "nothing there")
     abandoned(place)
     (spool,), _ = Spool.left(place.spool)
-    tracking.forward(spool, Experiment(place.uri, "study", "1"))
+    tracking.forward(spool, place.experiment())
     assert set(place.statuses().values()) == {"RUNNING"}
     set_aside(place.uri, "study", "put aside")
     assert place.runs() == {}
@@ -292,13 +299,12 @@ def test_what_mlflow_refuses_is_set_aside_and_keeps_nothing_else_waiting(place, 
         recorder.end("search", 0, "COMPLETE")
     assert place.run().data.params == {"hdml.alpha": "31.6", "hdml.beta": "1.0"}
     assert place.run().info.status == "FINISHED"
-    (points,) = series_of(place.uri, [place.runs()["search", 0]], SECONDS).values()
-    assert [step for step, _ in points] == [10, 30]
+    assert [step for step, _ in place.series(SECONDS)] == [10, 30]
     assert refused(place.spool) == 1
     kept = json.loads((place.spool / REFUSED).read_text())
     assert kept["step"] == 20
     assert "recall@1" in kept["refused"]
-    assert f"1 events that MLflow refused are kept in {place.spool / REFUSED}" in capsys.readouterr().err
+    assert f"events that MLflow refused: 1, kept in {place.spool / REFUSED}" in capsys.readouterr().err
 
 
 def test_what_an_earlier_attempt_is_late_to_say_changes_nothing(place):
@@ -308,7 +314,7 @@ def test_what_an_earlier_attempt_is_late_to_say_changes_nothing(place):
         trial(recorder, attempt=2, state=None)
         sent(recorder)
         late.close()
-        synchronise(place.uri, place.study, place.study_id, place.spool)
+        place.synchronise()
         assert place.statuses() == {("study", None): "RUNNING", ("search", 0): "RUNNING"}
         assert place.run().data.tags["attempt"] == "2"
         recorder.end("search", 0, "COMPLETE")
@@ -331,7 +337,7 @@ def test_of_two_drivers_the_one_that_lives_ends_the_study(place):
     with place.opened() as recorder:
         abandoned(place, number=1)
         (late,), _ = Spool.left(place.spool)
-        while tracking.forward(late, Experiment(place.uri, "study", "1")):
+        while tracking.forward(late, place.experiment()):
             pass
         trial(recorder)
         sent(recorder)
@@ -346,7 +352,7 @@ def test_a_living_driver_is_left_to_send_what_is_its_own(place, capsys):
         trial(recorder, state=None)
         sent(recorder)
         assert place.synchronise() == 0
-        assert capsys.readouterr().err == "1 drivers of study are at work, and send what is theirs themselves\n"
+        assert capsys.readouterr().err == "drivers at work on study: 1; they send what is theirs themselves\n"
         assert place.statuses()["search", 0] == "RUNNING"
         recorder.end("search", 0, "COMPLETE")
     place.is_whole(1)
@@ -363,7 +369,7 @@ def test_what_a_dead_driver_left_is_sent_and_ended(place):
 def test_a_run_whose_spool_is_lost_is_ended_too(place):
     abandoned(place)
     (spool,), _ = Spool.left(place.spool)
-    tracking.forward(spool, Experiment(place.uri, "study", "1"))
+    tracking.forward(spool, place.experiment())
     shutil.rmtree(place.spool)
     place.synchronise()
     assert set(place.statuses().values()) == {"KILLED"}
@@ -475,7 +481,7 @@ def test_a_server_gets_what_a_database_gets(served):
     served.is_whole(2)
     found = list(served.runs().values())
     for metric in ("train/j_m", "hardness/kept"):
-        for run_id, points in series_of(served.uri, found, metric).items():
+        for run_id, points in served.experiment().series(found, metric).items():
             assert points == [(p.step, p.value) for p in served.client().get_metric_history(run_id, metric)]
 
 
@@ -485,7 +491,7 @@ def test_a_tracker_gone_for_the_whole_study_costs_a_later_sync(served, line, mod
     with served.opened() as recorder:
         for number in range(2):
             trial(recorder, number)
-    assert "events wait in" in capsys.readouterr().err
+    assert f"unsent events: {1 + 2 * (EPOCHS + 2) + 1}, kept in" in capsys.readouterr().err
     with pytest.raises(TrackerError):
         served.synchronise()
     line.mode = "through"
