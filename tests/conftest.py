@@ -14,8 +14,8 @@ pytest_plugins = ("tests.services",)
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS_FROM_OUTSIDE = ("HDML_", "MLFLOW_", "RAY_")
-# Where the real data are, and the token of tests/isolated.py.
-KEPT = ("HDML_SHARED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+# Where the real data are, how many faults to try, and the token of tests/isolated.py.
+KEPT = ("HDML_SHARED", "HDML_FAULTS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 # Two threads everywhere: the order of a sum, and so its last bit, follows the number of threads.
 torch.set_num_threads(2)
