@@ -68,21 +68,31 @@ def load(run: Run, folder: Path) -> bool:
 
     Raises CheckpointError where checkpoints are there and all are damaged, or where one has other settings.
     """
+    found = newest(folder)
+    if found is None:
+        return False
+    path, record, tensors = found
+    _check_settings(run, record["settings"], path)
+    _restore(run, record, tensors)
+    return True
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]] | None:
+    """Read the newest whole checkpoint in `folder`: where it is, its record, its tensors; None where there is none.
+
+    Raises CheckpointError where checkpoints are there and all are damaged.
+    """
     damages = []
     for path in _newest_first(folder):
         try:
-            record, tensors = _read(path)
+            return path, *_read(path)
         except (OSError, ValueError, KeyError) as error:
             damages.append(f"{path.name}: {error}")
-            continue
-        _check_settings(run, record["settings"], path)
-        _restore(run, record, tensors)
-        return True
     if damages:
         raise CheckpointError(
             f"no checkpoint in {folder} can be read ({'; '.join(damages)}): remove the folder to start anew"
         )
-    return False
+    return None
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -229,7 +229,7 @@ def _series(
 
     def job(row: Row) -> Job:
         return Job(
-            opening.kind,
+            opening.label,
             row.number,
             row.notes[ATTEMPTS],
             to_settings(with_settings(arms[str(row.params["arm"])], {"seed": row.params["seed"]})),
@@ -241,7 +241,7 @@ def _series(
             60 * study.hang_minutes,
         )
 
-    return Series(opening.kind, sealed, 2 * opening.seeds, [GOAL], job, max_attempts=study.max_attempts)
+    return Series(opening.label, sealed, 2 * opening.seeds, [GOAL], job, max_attempts=study.max_attempts)
 
 
 def _metrics(found: Mapping[str, Comparison]) -> dict[str, float]:

@@ -21,7 +21,7 @@ class DiskCap:
         if self._cap == math.inf:
             return
         rows = [row for row in series.ledger.rows() if CHECKPOINTS in row.notes]
-        stay = {ended.number, *(row.number for row in series.ledger.ranked()[:1])}
+        stay = {ended.number} | ({series.ledger.best().number} if series.ledger.ranked() else set())
         for row in rows:
             folder = Path(row.notes[CHECKPOINTS])
             if folder not in self._sizes or row.state not in FINISHED or row.number == ended.number:

@@ -85,7 +85,11 @@ class Places:
 
     def recorder(self, study: str, study_id: str) -> Recorder:
         """A recorder of the study; where no server keeps MLflow's files, they are kept here."""
-        return Recorder(self.tracking_uri, study, study_id, self.out / study / "spool", self.artifacts)
+        return Recorder(self.tracking_uri, study, study_id, self.spool(study), self.artifacts)
+
+    def spool(self, study: str) -> Path:
+        """Where the study's drivers keep what MLflow is to be told."""
+        return self.out / study / "spool"
 
     @property
     def artifacts(self) -> Path | None:

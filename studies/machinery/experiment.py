@@ -178,6 +178,11 @@ class Experiment:
                     points[point["run_id"]].append((point["step"], point["value"]))
         return points
 
+    def end(self, kind: str, number: int, attempt: int, state: State, reason: str) -> None:
+        """Have a trial's run, the only one of it, end as the trial did."""
+        with self._answering():
+            self._end(Said("", now()), kind, number, attempt, state, reason)
+
     def end_running(self) -> None:
         """End as interrupted the study's runs that are RUNNING."""
         with self._answering():

@@ -47,6 +47,8 @@ OWNER, ATTEMPTS, CRASHES, REASON, METRICS, SPENT, MLFLOW_RUN, CHECKPOINTS, RETRY
     "checkpoints",
     "retry_of",
 )
+EPOCHS = "epochs"
+"""In SPENT beside the costs: how many epochs were told."""
 
 COMPARED = ("baseline", "goals", "limits", "folds", "seeds", "steps", "data")
 """Terms of a study, beside its settings and its space, that may not change once it was begun."""
@@ -74,6 +76,11 @@ class Row(NamedTuple):
     def seconds(self) -> float:
         """Work that went into it, in seconds, over all attempts that were not lost."""
         return float(self.notes.get(SPENT, {}).get(SECONDS, 0.0))
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that were told of it."""
+        return int(self.notes.get(SPENT, {}).get(EPOCHS, 0))
 
 
 P = ParamSpec("P")

@@ -67,9 +67,9 @@ def summary(study: Study, ledgers: Mapping[Kind, Ledger], tracking_uri: str, out
         said.append("Pareto front: " + ", ".join(trial_id(row.number) for row in ledgers["search"].front()))
     said += spending(ledgers.values())
     elsewhere = "" if out == Path("runs").absolute() else f" --out {os.path.relpath(out)}"
-    said.append(f"look:  {_look(tracking_uri)}   (experiment {study.name})")
+    said.append(f"look:  {look(tracking_uri)}   (experiment {study.name})")
     if complete:
-        said.append(f"next:  {_command('python')} -m studies confirm {study.name}{elsewhere}")
+        said.append(f"next:  {command('python')} -m studies confirm {study.name}{elsewhere}")
     return "\n".join(said)
 
 
@@ -114,15 +114,17 @@ def _qualities(row: Row) -> list[str]:
     return ["" if value is None else f"{value:.4f}" for value in found]
 
 
-def _look(tracking_uri: str) -> str:
+def look(tracking_uri: str) -> str:
+    """Where MLflow's pages are, or the command that shows them."""
     if tracking_uri.startswith(("http:", "https:")):
         return tracking_uri
     database, _, path = tracking_uri.partition(":///")
     shown = f"{database}:///{os.path.relpath(path)}" if database == "sqlite" else tracking_uri
-    return f"{_command('mlflow')} ui --backend-store-uri {shown}"
+    return f"{command('mlflow')} ui --backend-store-uri {shown}"
 
 
-def _command(name: str) -> str:
+def command(name: str) -> str:
+    """A program of this Python's own, as a shell here finds it."""
     return os.path.relpath(Path(sys.executable).with_name(name))
 
 

@@ -24,9 +24,9 @@ RUN_STATUS: Mapping[State, str] = {
 }
 """Status of an MLflow run once nobody works on its trial; a row still RUNNING was interrupted and will be resumed."""
 
-Kind = Literal["search", "baseline", "floor", "confirm", "paper"]
-"""What a trial is of: the search, its baseline, the floor under both, the sealed test classes, or those test classes
-looked at after every epoch, as published numbers mostly were."""
+Kind = str
+"""What a trial is of: `search`, its `baseline`, the `floor` under both; or an opening of the sealed test classes, such
+as `confirm-1`, or `paper-2`, where they were looked at after every epoch, as published numbers mostly were."""
 
 # Metrics are split/name.
 TRAIN = "train"
@@ -60,6 +60,7 @@ TAG_STUDY = "study_id"
 TAG_TRIAL = "trial"
 TAG_ATTEMPT = "attempt"
 TAG_DRIVER = "driver"
+"""Of the parent run: which driver has the say of how it ends."""
 TAG_KIND = "kind"
 TAG_STATE = "state"
 TAG_REASON = "reason"
@@ -155,8 +156,10 @@ def describe(params: Mapping[str, object]) -> str:
 def run_name(kind: Kind, number: int, params: Mapping[str, object]) -> str:
     """A trial's name in MLflow and on the terminal; what there is only one of is named by its kind.
 
-    >>> run_name("search", 7, {"hdml.alpha": 90.0}), run_name("floor", 0, {})
-    ('0007 alpha=90', 'floor')
+    >>> run_name("search", 7, {"hdml.alpha": 90.0}), run_name("confirm-1", 0, {"seed": 1}), run_name("floor", 0, {})
+    ('0007 alpha=90', 'confirm-1 0000 seed=1', 'floor')
     """
-    prefix = {"search": "", "confirm": "confirm ", "paper": "paper "}.get(kind, kind)
-    return f"{prefix}{trial_id(number)} {describe(params)}" if params else prefix
+    if not params:
+        return kind
+    named = f"{trial_id(number)} {describe(params)}"
+    return named if kind == "search" else f"{kind} {named}"

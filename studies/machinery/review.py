@@ -4,19 +4,19 @@ The ledger is believed. Only `sync` changes anything, and only in MLflow. What a
 driver's business: it may well be in one account already and not yet in another.
 """
 
-import fcntl
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from hdml_core import checkpoint
+from hdml_core.checkpoint import CheckpointError, newest
 from studies.machinery.audit import Opening, openings
 from studies.machinery.confirm import GOAL as SEALED_GOAL
 from studies.machinery.driver import Places
-from studies.machinery.experiment import Experiment, SeenRun, TrackerError, now
+from studies.machinery.experiment import Experiment, SeenRun
 from studies.machinery.lease import Holder, holders
 from studies.machinery.ledger import (
     ATTEMPTS,
@@ -33,7 +33,7 @@ from studies.machinery.ledger import (
     existing,
     studies,
 )
-from studies.machinery.progress import spending, states, table
+from studies.machinery.progress import look, spending, states, table
 from studies.machinery.records import (
     FINISHED,
     GPU_SECONDS,
@@ -47,9 +47,10 @@ from studies.machinery.records import (
     trial_id,
 )
 from studies.machinery.space import Dimension, ends, from_json
-from studies.machinery.spool import REFUSED, refused
+from studies.machinery.spool import REFUSED, refused, waiting
 from studies.machinery.storage import Storage, open_storage
 from studies.machinery.tracking import synchronise
+from studies.machinery.worker import part_folder
 
 SEARCH = "search"
 UNSEALED = ("floor", "baseline", SEARCH)
@@ -101,19 +102,15 @@ class Past:
     @property
     def spool(self) -> Path:
         """Where drivers keep what they have to tell MLflow."""
-        return self.places.out / self.name / "spool"
+        return self.places.spool(self.name)
 
     def experiment(self) -> Experiment:
         """Its record. Raises TrackerError where there can be none."""
         return Experiment(self.places.tracking_uri, self.name, self.identity)
 
     def entries(self) -> list[Entry]:
-        """All trials of all its ledgers as they are now; the kind stands before the number of an opening."""
-        return [
-            Entry(ledger.name, end.partition("-")[0], row)
-            for end, ledger in self.ledgers.items()
-            for row in ledger.rows()
-        ]
+        """All trials of all its ledgers as they are now."""
+        return [Entry(ledger.name, kind, row) for kind, ledger in self.ledgers.items() for row in ledger.rows()]
 
     def settled(self, entries: Sequence[Entry]) -> list[Entry]:
         """Those trials that ended, and not just now in the hands of a driver that lives."""
@@ -164,7 +161,7 @@ def show(study: str, places: Places) -> str:
         *(("spent", said.removeprefix("spent: ")) for said in spending(shown.values())),
         *(("opened", _opened(opening)) for opening in openings(past.search)),
         ("now", past.now() or "nobody is at work on it"),
-        ("look", f"experiment {study} of MLflow, files in {os.path.relpath(places.out / study)}"),
+        ("look", f"{look(places.tracking_uri)}   (experiment {study})"),
     ]
     width = max(len(name) for name, _ in facts)
     return "\n".join([study, "", *(f"{name:<{width}}  {fact}" for name, fact in facts), "", _trials(shown)])
@@ -179,23 +176,12 @@ def sync(study: str, places: Places) -> str:
     sent = synchronise(places.tracking_uri, study, past.identity, past.spool, places.artifacts)
     experiment = past.experiment()
     runs = _by_trial(experiment.runs())
-    again = [
-        {
-            "do": "end",
-            "driver": "",
-            "time": now(),
-            "kind": entry.kind,
-            "number": entry.row.number,
-            "attempt": entry.row.notes[ATTEMPTS],
-            "state": entry.row.state,
-            "reason": entry.row.notes.get(REASON, ""),
-        }
-        for entry in past.settled(past.entries())
-        if (own := runs[entry.kind, entry.row.number]) and (len(own) > 1 or not _ended_alike(entry.row, own[0]))
-    ]
-    for _, reason in experiment.tell(again) if again else ():
-        raise TrackerError(f"MLflow refuses to be told how a trial of {study} ended: {reason}")
-    return f"{sent + len(again)} events sent to MLflow" if sent or again else "nothing left to send"
+    for _, kind, row in past.settled(past.entries()):
+        own = runs[kind, row.number]
+        if own and (len(own) > 1 or not _ended_alike(row, own[0])):
+            experiment.end(kind, row.number, row.notes[ATTEMPTS], row.state, row.notes.get(REASON, ""))
+            sent += 1
+    return f"{sent} events sent to MLflow" if sent else "nothing left to send"
 
 
 def verify(study: str, places: Places) -> list[str]:
@@ -204,7 +190,7 @@ def verify(study: str, places: Places) -> list[str]:
     Raises LedgerError where the study is unknown, TrackerError where MLflow does not answer.
     """
     past = open_past(open_storage(places.ledger_url), study, places)
-    unsent = _unsent(past.spool)
+    unsent = waiting(past.spool)
     experiment = past.experiment()
     runs = experiment.runs()
     # Read after the runs: one that is begun meanwhile has its row.
@@ -280,15 +266,15 @@ def _of_series(past: Past, entries: Sequence[Entry], runs: Sequence[SeenRun], ex
         told = {name: points[run.run_id] for name, points in series.items() if run.run_id in points}
         ends = goal if entry.kind in UNSEALED else SEALED_GOAL
         last = run.metrics.get(ends)
-        faults = list(_of_steps(told, entry.row.reports))
+        faults = list(_of_steps(told, entry.row.epochs))
         if not faults and entry.row.state == "COMPLETE" and last != entry.row.value:
             faults = [f"ends at {ends} {last}, and the ledger has {entry.row.value}"]
         for fault in faults:
             yield f"{entry}: run {run.run_id} {fault}; nothing is left that could mend it, and the ledger stands"
 
 
-def _of_steps(series: Mapping[str, Points], reports: Mapping[int, float]) -> Iterator[str]:
-    """Steps that series told together, at every epoch, have more than once, or that not all of them have."""
+def _of_steps(series: Mapping[str, Points], epochs: int) -> Iterator[str]:
+    """Steps of series that are told together, at every epoch, which one has more than once, or lacks."""
     steps = sorted({step for points in series.values() for step, _ in points})
     for name, points in series.items():
         times = Counter(step for step, _ in points)
@@ -296,10 +282,8 @@ def _of_steps(series: Mapping[str, Points], reports: Mapping[int, float]) -> Ite
             yield f"has {name} more than once at step {', '.join(map(str, twice))}"
         if lacking := [step for step in steps if not times[step]]:
             yield f"lacks {name} at step {', '.join(map(str, lacking))}"
-    # Where the ledger heard of every epoch, and not of parts, or of the last alone.
-    heard = len(series) > 1 and list(reports) == list(range(1, len(reports) + 1))
-    if heard and len(steps) != len(reports):
-        yield f"has {len(steps)} epochs, and the ledger heard of {len(reports)}"
+    if len(steps) != epochs:
+        yield f"has {len(steps)} epochs, and the ledger heard of {epochs}"
 
 
 def _of_checkpoints(search: Ledger) -> Iterator[str]:
@@ -309,38 +293,14 @@ def _of_checkpoints(search: Ledger) -> Iterator[str]:
         return
     best = search.best()
     for part in range(terms["folds"] * terms["seeds"]):
-        folder = Path(best.notes[CHECKPOINTS]) / f"part-{part:02d}"
-        if not _readable(folder):
-            yield (
-                f"{folder} has no checkpoint that can be read, of the best trial, {trial_id(best.number)}: "
-                f"give the study's command with --warm-start {search.name} --name OTHER to train it anew"
-            )
-
-
-def _readable(folder: Path) -> bool:
-    """Whether a run could go on from what is in the folder."""
-    for path in checkpoint._newest_first(folder):
-        try:
-            checkpoint._read(path)
-        except (OSError, ValueError, KeyError):
-            continue
-        return True
-    return False
-
-
-def _unsent(folder: Path) -> int:
-    """How many events drivers that are gone have left in a spool, which is looked at and not opened."""
-    unsent = 0
-    for path in sorted(folder.glob("[0-9]*.jsonl")):
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
+        folder = part_folder(Path(best.notes[CHECKPOINTS]), part)
+        with suppress(CheckpointError):
+            if newest(folder) is not None:
                 continue
-            noted = path.with_suffix(".sent")
-            file.seek(int(noted.read_text()) if noted.exists() else 0)
-            unsent += sum(line.endswith(b"\n") for line in file)
-    return unsent
+        yield (
+            f"{folder} has no checkpoint that can be read, of the best trial, {trial_id(best.number)}: "
+            f"give the study's command with --warm-start {search.name} --name OTHER to train it anew"
+        )
 
 
 def _by_trial(runs: Sequence[SeenRun]) -> ByTrial:

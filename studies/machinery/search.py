@@ -19,7 +19,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from studies.machinery.lease import LeaseLostError
-from studies.machinery.ledger import CHECKPOINTS, CRASHES, METRICS, MLFLOW_RUN, REASON, SPENT, Ledger, Row
+from studies.machinery.ledger import CHECKPOINTS, CRASHES, EPOCHS, METRICS, MLFLOW_RUN, REASON, SPENT, Ledger, Row
 from studies.machinery.progress import Progress
 from studies.machinery.records import GPU_SECONDS, SECONDS, Kind, Record, State
 from studies.machinery.storage import LedgerError
@@ -166,7 +166,8 @@ class LedgerScheduler(Stateless, FIFOScheduler):  # type: ignore[misc]
                 self._end(trial, "FAIL", {REASON: reason, CRASHES: crashes})
 
     def _note(self, job: Job, ledger: Ledger, record: Record) -> None:
-        ledger.note_of(job.number, SPENT, {SECONDS: record.seconds, GPU_SECONDS: record.metrics[GPU_SECONDS]})
+        spent = {SECONDS: record.seconds, GPU_SECONDS: record.metrics[GPU_SECONDS], EPOCHS: record.epoch}
+        ledger.note_of(job.number, SPENT, spent)
         run_id = self._recorder.run_id(job.kind, job.number)
         if run_id is not None:
             ledger.note_of(job.number, MLFLOW_RUN, run_id)

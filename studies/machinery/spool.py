@@ -42,8 +42,7 @@ class Spool:
             os.close(self._file)
             raise
         size = os.fstat(self._file).st_size
-        noted = self._noted.read_text() if self._noted.exists() else ""
-        self._sent = min(int(noted) if noted.isdigit() else 0, size)
+        self._sent = min(_sent(path), size)
         left = [len(line) for line in self._lines(self._sent)]
         os.ftruncate(self._file, self._sent + sum(left))
         self.unsent = len(left)
@@ -141,10 +140,31 @@ class Spool:
             yield from (line for line in file if line.endswith(b"\n"))
 
 
+def waiting(folder: Path) -> int:
+    """How many events drivers that are gone have left unsent; nothing is changed, and nobody kept from sending them."""
+    count = 0
+    for path in _paths(folder):
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            file.seek(_sent(path))
+            count += sum(line.endswith(b"\n") for line in file)
+    return count
+
+
 def refused(folder: Path) -> int:
     """How many events of all drivers were refused."""
     path = folder / REFUSED
     return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def _sent(path: Path) -> int:
+    """How many bytes of a file were noted as sent."""
+    noted = path.with_suffix(".sent")
+    said = noted.read_text() if noted.exists() else ""
+    return int(said) if said.isdigit() else 0
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -44,7 +44,7 @@ from studies.machinery.records import (
     retrieval_metrics,
     training_metrics,
 )
-from studies.machinery.worker import Job, Tell, demand_ownership, in_time, memory_mb, take_over
+from studies.machinery.worker import Job, Tell, demand_ownership, in_time, memory_mb, part_folder, take_over
 
 GPU_PATIENCE = 60
 """Seconds for which a trial waits for another to give back the memory of the GPU that they share."""
@@ -62,7 +62,7 @@ def run_job(config: Mapping[str, Any]) -> None:
         torch.cuda.reset_peak_memory_stats()
         demand_gpu_memory(job.gpus)
     take_over(job)
-    TRIALS[job.kind](job, in_time(job))
+    TRIALS[job.kind.partition("-")[0]](job, in_time(job))
 
 
 def demand_gpu_memory(share: float) -> None:
@@ -189,7 +189,7 @@ def _run_part(
     done: Done,
 ) -> Done:
     """Train one part from its checkpoint to its end, telling every epoch; return what has been done then."""
-    folder = job.folder / f"part-{part:02d}"
+    folder = part_folder(job.folder, part)
     tags = _tags(job) | _restored(run, folder, job.attempt)
     total = run.config.optim.epochs
 

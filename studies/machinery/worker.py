@@ -107,6 +107,11 @@ def in_time(job: Job) -> Tell:
     return tell
 
 
+def part_folder(folder: Path, part: int) -> Path:
+    """Where in a trial's folder the checkpoints of a part are kept."""
+    return folder / f"part-{part:02d}"
+
+
 def take_over(job: Job) -> None:
     """Make the trial's folder this attempt's own.
 

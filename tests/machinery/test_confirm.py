@@ -158,7 +158,7 @@ def test_the_best_and_its_baseline_train_side_by_side_with_fresh_seeds(places, l
     alphas = [job.settings["hdml.alpha"] for job in trained.jobs if job.settings["hdml.enabled"]]
     assert alphas == [best.params["hdml.alpha"]] * 3
     assert [job.settings["seed"] for job in trained.jobs] == [11000, 11000, 11001, 11001, 11002, 11002]
-    assert {job.kind for job in trained.jobs} == {"confirm"}
+    assert {job.kind for job in trained.jobs} == {"confirm-1"}
     for part in ("best (0001)", "baseline", "difference", "p, paired t-test", "over 3 seeds", "opening 1"):
         assert part in said
     written = json.loads((places.out / "study" / "confirm.json").read_text())

@@ -17,7 +17,7 @@ from studies.machinery.cli import commands
 from studies.machinery.driver import Places
 from studies.machinery.experiment import TrackerError
 from studies.machinery.lease import Lease
-from studies.machinery.ledger import CHECKPOINTS, METRICS, MLFLOW_RUN, PRICE, REASON, SPENT, Ledger
+from studies.machinery.ledger import CHECKPOINTS, EPOCHS, METRICS, MLFLOW_RUN, PRICE, REASON, SPENT, Ledger
 from studies.machinery.records import GPU_SECONDS, PART, SECONDS, Record
 from studies.machinery.review import list_studies, show, sync, verify
 from studies.machinery.space import Choice, Integer, LogUniform, to_json
@@ -30,7 +30,7 @@ from tests.test_training import labelled, small_config
 GOAL = "validation/recall_at_1"
 SEALED = "test/recall_at_1"
 SPACE = {"hdml.alpha": LogUniform(0.1, 300.0)}
-EPOCHS = 3
+LENGTH = 3
 
 
 @pytest.fixture(scope="session")
@@ -67,21 +67,21 @@ def client(places):
 
 
 def record(epoch, value, *, parts=1, goal=GOAL):
-    """An epoch of a trial, which has `parts` of EPOCHS epochs each."""
+    """An epoch of a trial, which has `parts` of LENGTH epochs each."""
     own = {goal: value}
-    ends_part = epoch % EPOCHS == 0
+    ends_part = epoch % LENGTH == 0
     told = own if parts == 1 else {goal.replace("validation", PART): value} | (own if ends_part else {})
     return Record(
         epoch=epoch,
         step=10 * epoch,
         seconds=2.0 * epoch,
         metrics={SECONDS: 2.0 * epoch, GPU_SECONDS: 1.0 * epoch} | told,
-        part=(epoch - 1) // EPOCHS,
+        part=(epoch - 1) // LENGTH,
         part_qualities=own,
         ends_part=ends_part,
         trace={},
         tags={},
-        last=epoch == parts * EPOCHS,
+        last=epoch == parts * LENGTH,
     )
 
 
@@ -108,7 +108,7 @@ class Driver:
         ledger = ledger or self.search
         step = record.epoch if step is None else step
         self.recorder.log(kind, number, record)
-        spent = {SECONDS: record.seconds, GPU_SECONDS: record.metrics[GPU_SECONDS]}
+        spent = {SECONDS: record.seconds, GPU_SECONDS: record.metrics[GPU_SECONDS], EPOCHS: record.epoch}
         ledger.note_of(number, SPENT, spent)
         (value,) = record.part_qualities.values()
         ledger.report(number, step, value)
@@ -120,8 +120,8 @@ class Driver:
     def trial(self, value=0.5, kind="search", ledger=None, goal=GOAL):
         """A trial from begin to end."""
         number = self.begin(kind, ledger)
-        for epoch in range(1, EPOCHS + 1):
-            last = record(epoch, value * (epoch / EPOCHS), goal=goal)
+        for epoch in range(1, LENGTH + 1):
+            last = record(epoch, value * (epoch / LENGTH), goal=goal)
             self.report(number, last, kind, ledger)
         self.end(number, "COMPLETE", [value], kind, ledger, **{METRICS: dict(last.metrics)})
 
@@ -171,7 +171,7 @@ def everything(driver):
     with audit.opened(driver.search, driver.recorder, opening):
         sealed = driver.ledger(".confirm-1", {"arm": Choice(("best", "baseline")), "seed": Integer(0, 9)})
         for value in (0.3, 0.2):
-            driver.trial(value, "confirm", sealed, SEALED)
+            driver.trial(value, "confirm-1", sealed, SEALED)
 
 
 @pytest.fixture(scope="session")
@@ -336,7 +336,7 @@ def test_another_run_than_was_noted(places, study, client, noted, mend):
 
 @pytest.mark.parametrize("status", ["FAILED", "RUNNING"])
 def test_a_run_of_another_status(places, study, client, run_of, mend, status):
-    run_id = run_of(0, "confirm").info.run_id
+    run_id = run_of(0, "confirm-1").info.run_id
     client.update_run(run_id, status)
     mend(only(places, f"trial 0000 of study.confirm-1 is COMPLETE, its run {run_id} {status} with state COMPLETE"))
 
@@ -384,7 +384,7 @@ def test_an_epoch_that_a_run_lacks(places, study, run_of):
     only(places, f"trial 0003 of study: run {run_id} has 2 epochs, and the ledger heard of 3;")
 
 
-@pytest.mark.parametrize(("kind", "metric"), [("search", GOAL), ("baseline", GOAL), ("confirm", SEALED)])
+@pytest.mark.parametrize(("kind", "metric"), [("search", GOAL), ("baseline", GOAL), ("confirm-1", SEALED)])
 def test_a_run_that_ends_at_another_value(places, study, run_of, kind, metric):
     run_id = run_of(0, kind).info.run_id
     ends = "UPDATE latest_metrics SET value = 0.9 WHERE run_uuid = :run_id AND key = :metric"
@@ -425,7 +425,7 @@ def test_trials_of_several_parts(places, trained, run_of, by_part):
     def act(driver):
         driver.search.settle(terms(folds=2), SPACE)
         number = driver.begin()
-        for epoch in range(1, 2 * EPOCHS + 1):
+        for epoch in range(1, 2 * LENGTH + 1):
             told = record(epoch, 0.1 * epoch, parts=2)
             driver.report(number, told, step=told.part if by_part else epoch)
         driver.end(number, "COMPLETE", [told.metrics[GOAL]], **{METRICS: dict(told.metrics)})
@@ -438,6 +438,8 @@ def test_trials_of_several_parts(places, trained, run_of, by_part):
     run_id = run_of(0).info.run_id
     spoil(places.tracking_uri, f"{DELETE} AND step = 30 AND key = :metric", run_id=run_id, metric=part)
     only(places, f"lacks {part} at step 30")
+    spoil(places.tracking_uri, f"{DELETE} AND step = 30", run_id=run_id)
+    only(places, f"run {run_id} has 5 epochs, and the ledger heard of 6")
 
 
 def test_a_study_of_which_nothing_is_recorded_yet(places):
@@ -487,7 +489,7 @@ def test_no_list_before_the_first_study(places):
 def test_a_study_shown(places, study):
     said = show(study, places)
     facts = dict(line.split(maxsplit=1) for line in said.partition("\n\n")[2].partition("\n\n")[0].splitlines())
-    assert facts.pop("look") == "experiment study of MLflow, files in " + os.path.relpath(places.out / "study")
+    assert facts.pop("look").endswith("(experiment study)")
     assert facts.pop("opened").startswith(
         "confirm-1 by me@here, 0003 against baseline, 2 seeds: begun 2026-01-01T00:00:00, over"
     )
