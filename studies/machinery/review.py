@@ -173,7 +173,8 @@ def sync(study: str, places: Places) -> str:
     Raises LedgerError where the study is unknown, TrackerError where MLflow does not answer.
     """
     past = open_past(open_storage(places.ledger_url), study, places)
-    sent = synchronise(places.tracking_uri, study, past.identity, past.spool, places.artifacts)
+    at_work = bool(past.at_work)
+    sent = synchronise(places.tracking_uri, study, past.identity, past.spool, places.artifacts, at_work)
     experiment = past.experiment()
     runs = _by_trial(experiment.runs())
     for _, kind, row in past.settled(past.entries()):

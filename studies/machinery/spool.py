@@ -144,11 +144,9 @@ def waiting(folder: Path) -> int:
     """How many events drivers that are gone have left unsent; nothing is changed, and nobody kept from sending them."""
     count = 0
     for path in _paths(folder):
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
+        # It is a living driver's, or was sent and removed just now.
+        with suppress(BlockingIOError, FileNotFoundError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             file.seek(_sent(path))
             count += sum(line.endswith(b"\n") for line in file)
     return count

@@ -160,10 +160,13 @@ class Recorder:
             each.close()
 
 
-def synchronise(uri: str, study: str, study_id: str, folder: Path, artifacts: Path | None = None) -> int:
+def synchronise(
+    uri: str, study: str, study_id: str, folder: Path, artifacts: Path | None = None, at_work: bool = False
+) -> int:
     """Send what drivers that are gone have left, and end the runs that they left RUNNING; return how many events.
 
-    A driver that lives is left to send what is its own. Raises TrackerError where nobody answers.
+    A driver that lives is left to send what is its own; where one is `at_work`, maybe on another machine, no run is
+    ended. Raises TrackerError where nobody answers.
     """
     experiment = Experiment(uri, study, study_id, artifacts)
     left, living = Spool.left(folder)
@@ -178,7 +181,7 @@ def synchronise(uri: str, study: str, study_id: str, folder: Path, artifacts: Pa
             each.close()
     if living:
         print(f"drivers at work on {study}: {living}; they send what is theirs themselves", file=sys.stderr)
-    else:
+    elif not at_work:
         experiment.end_running()
     return sent
 

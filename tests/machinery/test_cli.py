@@ -18,7 +18,6 @@ from studies.machinery.study import variant
 from tests.conftest import ROOT
 from tests.machinery.test_study import STUDY
 
-
 COMMANDS = ("show", "sync", "verify")
 
 

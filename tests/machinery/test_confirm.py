@@ -144,7 +144,7 @@ def trained(monkeypatch):
                 raise KeyboardInterrupt
             value = 0.5 + 0.1 * (row.params["arm"] == "best") + 0.001 * row.number**2
             metrics = {f"test/{quality}": value for quality in QUALITIES}
-            metrics |= {f"paper/{quality}": value + 0.2 for quality in QUALITIES if series.kind == "paper"}
+            metrics |= {f"paper/{quality}": value + 0.2 for quality in QUALITIES if series.kind.startswith("paper")}
             series.ledger.end(row.number, "COMPLETE", [value], **{METRICS: metrics})
 
     interrupted_at = set()
@@ -230,7 +230,7 @@ def test_another_study_s_best_may_be_the_rival(places, ledger, trained):
 
 def test_paper_mode_is_labelled_everywhere_and_stands_beside_the_honest_number(places, ledger, trained):
     said = confirm_study("study", places, Asked(seeds=2, paper_mode=True))
-    assert {job.kind for job in trained.jobs} == {"paper"}
+    assert {job.kind for job in trained.jobs} == {"paper-1"}
     assert confirm.PAPER_MODE in said
     lines = [line for line in said.split("\n") if "0." in line]
     assert [line.partition("  ")[0] for line in lines] == [
