@@ -47,7 +47,7 @@ class LeaseError(ConfigError):
     """The study is at work elsewhere."""
 
 
-class LeaseLostError(RuntimeError):
+class LeaseLostError(LeaseError):
     """Another driver took this one for dead and has taken its trials over: it may write no more."""
 
 
