@@ -194,6 +194,7 @@ class Ledger:
             load_if_exists=True,
         )
         self._live: dict[int, optuna.Trial] = {}
+        self._reported: dict[int, set[int]] = {}
 
     @property
     @patient
@@ -317,7 +318,9 @@ class Ledger:
         suggest(trial, self.space)
         trial.set_user_attr(ATTEMPTS, trial.user_attrs.get(ATTEMPTS, 0) + 1)
         self._live[trial.number] = trial
-        return self._held(trial.number)
+        row = self._held(trial.number)
+        self._reported[trial.number] = set(row.reports)
+        return row
 
     def release(self, number: int, crash: str | None = None) -> None:
         """Let go of a trial that is to be taken in hand again; a crash is noted with its reason."""
@@ -328,14 +331,15 @@ class Ledger:
     @patient
     def report(self, number: int, step: int, value: float) -> None:
         """Write down the goal after a step; each step is taken once. Of several goals Optuna keeps no reports."""
-        if len(self._study.directions) == 1 and step not in self._held(number).reports:
+        if len(self._study.directions) == 1 and step not in self._reported[number]:
             self._live[number].report(value, step)
+            self._reported[number].add(step)
 
     @patient
     def should_prune(self, number: int, step: int) -> bool:
         """Whether the pruner gives the trial up at this step; steps before its last reported one are past."""
-        reports = self._held(number).reports
-        return bool(reports) and step >= max(reports) and self._live[number].should_prune()
+        reported = self._reported[number]
+        return bool(reported) and step >= max(reported) and self._live[number].should_prune()
 
     @patient
     def end(self, number: int, state: State, values: Sequence[float] = (), **notes: Any) -> Row:
