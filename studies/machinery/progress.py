@@ -55,7 +55,7 @@ def summary(study: Study, ledgers: Mapping[Kind, Ledger], tracking_uri: str, out
     lines = []
     for name, row in named.items():
         if row is not None:
-            params = [short(row.params[setting]) if row.params else "" for setting in study.space]
+            params = [short(row.params[setting]) if setting in row.params else "" for setting in study.space]
             lines.append([name, trial_id(row.number) if row.params else "", *params, *_qualities(row), row.state])
     said = ["", table(["", "trial", *parts, *QUALITIES, "state"], lines), ""]
     floor = named.get("floor")

@@ -45,7 +45,7 @@ def test_a_trial_is_not_tried_for_ever(drivers):
     rows = settled(study, failed=[2])
     assert rows[2].notes[REASON] == "OSError: it always does"
     assert rows[2].notes[CRASHES] == ["OSError: it always does"] * 3
-    # The same command leaves it as it is; asked to, it tries it again, under a number of its own.
+    # The same command leaves it as it is.
     assert study.run(always_raises=None) == 0
     settled(study, failed=[2])
 
