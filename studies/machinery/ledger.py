@@ -184,7 +184,6 @@ class Ledger:
         self._lease = lease
         self._storage = storage
         self._sampler = functools.partial(make_sampler, sampler, space, seed)
-        self._seed = seed
         self._study = optuna.create_study(
             storage=storage,
             study_name=name,
@@ -317,16 +316,16 @@ class Ledger:
             trial.set_user_attr(OWNER, self._lease.token)
         suggest(trial, self.space)
         trial.set_user_attr(ATTEMPTS, trial.user_attrs.get(ATTEMPTS, 0) + 1)
-        self._live[trial.number] = trial
-        row = self._held(trial.number)
-        self._reported[trial.number] = set(row.reports)
+        # In hand last of all: what a database that goes away cuts short before is taken up again.
+        row = _row(self._storage.get_trial(trial._trial_id))
+        self._live[trial.number], self._reported[trial.number] = trial, set(row.reports)
         return row
 
     def release(self, number: int, crash: str | None = None) -> None:
         """Let go of a trial that is to be taken in hand again; a crash is noted with its reason."""
         if crash is not None:
             self.note_of(number, CRASHES, [*self._live[number].user_attrs.get(CRASHES, []), crash])
-        del self._live[number]
+        del self._live[number], self._reported[number]
 
     @patient
     def report(self, number: int, step: int, value: float) -> None:
@@ -350,7 +349,7 @@ class Ledger:
                 trial.set_user_attr(name, noted)
             self._study.tell(trial, list(values) or None, TrialState[state], skip_if_finished=True)
         ended = self._held(number)
-        del self._live[number]
+        del self._live[number], self._reported[number]
         return ended
 
     def in_hand(self, number: int | None = None) -> bool:

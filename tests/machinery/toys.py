@@ -7,7 +7,6 @@ its epochs again when it is resumed. Its settings can make it fail in every way 
 import json
 import os
 import time
-from pathlib import Path
 
 from studies.machinery.records import GPU_SECONDS, PEAK_MEMORY, SECONDS, TAG_ATTEMPT, TAG_DEVICE, Record
 from studies.machinery.worker import demand_ownership, in_time, take_over
@@ -86,8 +85,3 @@ def once(job, what, epoch, act):
 
 def fail(says):
     raise OSError(says)
-
-
-def finished_toy(folder: Path):
-    """Epochs that a toy's checkpoint holds."""
-    return json.loads((folder / "epochs.json").read_text())
