@@ -6,18 +6,16 @@ loss, then the caller's own settings. Nothing else in the project chooses a defa
 Source marks: [c] the authors' code, [s] agreeing second-hand sources, [m] from memory of the paper.
 """
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from hdml_core.errors import ConfigError as ConfigError
+from hdml_core.errors import did_you_mean
+
 Setting = bool | int | float | str | tuple[int, ...]
 Settings = Mapping[str, Setting]
-
-
-class ConfigError(ValueError):
-    """A setting that is unknown, of the wrong type or out of its range. The message names the way out."""
 
 
 def _need(holds: bool, name: str, rule: str, value: object) -> None:
@@ -43,7 +41,8 @@ def _check_types(section: Any, prefix: str) -> None:
 
 DatasetName = Literal["glyphs", "omniglot", "cub200", "cars196", "sop", "folder", "features"]
 ExtractorName = Literal["convnet", "googlenet", "resnet50", "mobilenet_v2"]
-MetricLossName = Literal["npair", "triplet", "contrastive", "semihard", "lifted", "angular"]
+SynthesisName = Literal["none", "hdml", "daml"]
+MetricLossName = Literal["npair", "triplet", "contrastive", "semihard", "lifted", "angular", "ddml"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,8 @@ class DataConfig:
     """What train and test share nothing of on `omniglot`; the other data sets are disjoint by class."""
     feature_crops: int = 1
     """Views of each training image in the cache of a frozen extractor: the centre crop, then random ones."""
+    resident: bool = False
+    """Keep the rows of the training classes on the device: the same bitwise, no step waits for them, if there is room."""
 
     def __post_init__(self) -> None:
         _check_types(self, "data.")
@@ -92,8 +93,9 @@ class NetworkConfig:
     extractor: ExtractorName = "convnet"
     weights: str = ""
     """Empty: random. Otherwise a torchvision weights name (IMAGENET1K_V1) or the path of a safetensors state dict."""
-    frozen: bool = False
-    """True: f is never trained, and its features are extracted once and cached."""
+    frozen: str = ""
+    """What of f is never trained, its output extracted once and cached: nothing (empty), `all` of it, or a layer of the
+    torchvision network, as `layer3`, with all that comes before it."""
     batch_norm: Literal["trained", "frozen"] = "trained"
     """Whether the extractor's batch norm layers learn and take batch statistics, or stay as the weights have them."""
     embedding_size: int = 64
@@ -113,27 +115,42 @@ class NetworkConfig:
 class LossConfig:
     """The metric loss J(T) of a tuple."""
 
-    name: MetricLossName = "npair"
+    name: str = "npair"
+    """A loss of tuples, or `pml.NAME`, a loss of pytorch-metric-learning such as `pml.ProxyAnchorLoss`."""
     margin: float = 1.0
     """Margin of triplet, semihard, lifted and contrastive (there of the negative pairs)."""
     l2_reg: float = 0.0
     """N-pair and angular: weight of the squared norms of the embeddings; 3e-3 or 1.5e-2 in the authors' code [c]."""
     angle: float = 40.0
     """Angular loss: its angle in degrees."""
+    threshold: float = 3.0
+    """DDML: the squared distance tau that parts the positive pairs from the negative ones [m]."""
+    sharpness: float = 10.0
+    """DDML: the b of its logistic loss; the larger, the nearer to a hinge [m]."""
+    options: str = ""
+    """Of a loss of pytorch-metric-learning: numbers by keyword, as `alpha=2, beta=50`; the rest are its defaults."""
 
     def __post_init__(self) -> None:
         _check_types(self, "loss.")
+        if self.name.startswith("pml."):
+            from hdml_core.library_losses import check_library_loss
+
+            check_library_loss(self.name, self.options)
+        elif self.name not in get_args(MetricLossName):
+            known = get_args(MetricLossName)
+            rule = f"one of {', '.join(map(repr, known))}, or 'pml.NAME' for a loss of pytorch-metric-learning"
+            raise ConfigError(f"loss.name must be {rule}, got {self.name!r}{did_you_mean(self.name, known)}")
         _need(0 <= self.margin < math.inf, "loss.margin", ">= 0", self.margin)
         _need(0 <= self.l2_reg < math.inf, "loss.l2_reg", ">= 0", self.l2_reg)
         _need(0 < self.angle < 90, "loss.angle", "in (0, 90)", self.angle)
+        _need(0 <= self.threshold < math.inf, "loss.threshold", ">= 0", self.threshold)
+        _need(0 < self.sharpness < math.inf, "loss.sharpness", "> 0", self.sharpness)
 
 
 @dataclass(frozen=True)
 class HdmlConfig:
     """What hardness-aware synthesis adds to a metric loss."""
 
-    enabled: bool = True
-    """False: the plain metric loss, J_metric = J_m."""
     alpha: float = 90.0
     """Pulling factor in exp(-alpha / J_avg), Eq. (7): 90 for N-pair [c], 7 for triplet [s]; 0 never pulls."""
     beta: float = 1e4
@@ -166,6 +183,27 @@ class HdmlConfig:
 
 
 @dataclass(frozen=True)
+class DamlConfig:
+    """What deep adversarial metric learning adds to a metric loss."""
+
+    lambda_reg: float = 1.0
+    """Weight of J_reg in J_gen [m]."""
+    lambda_adv: float = 50.0
+    """Weight of J_adv in J_gen [m]."""
+    margin: float = 1.0
+    """By how much a synthetic negative is to stay farther from the anchor than the positive, squared, in J_adv [m]."""
+    pretrain_epochs: int = 1
+    """Epochs of the plain metric loss before the generator joins in [m]."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "daml.")
+        for name in ("lambda_reg", "lambda_adv", "margin"):
+            value = getattr(self, name)
+            _need(0 <= value < math.inf, f"daml.{name}", ">= 0", value)
+        _need(self.pretrain_epochs >= 0, "daml.pretrain_epochs", ">= 0", self.pretrain_epochs)
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Three Adam optimisers over three networks: the metric (f and g), the generator, the head."""
 
@@ -177,6 +215,8 @@ class OptimConfig:
     """In the paper ten times that of the extractor [m]; in the authors' code the same [c]."""
     lr_generator: float = 1e-3
     lr_head: float = 1e-3
+    lr_loss: float = 1e-2
+    """Of what a loss of pytorch-metric-learning learns itself, such as proxies; they do not decay."""
     weight_decay: float = 0.0
     """Of f and g, as 0.5 * weight_decay * sum of squares; batch norm is exempt [c]. See hdml.weight_decay_in_j_m."""
     clip: float = math.inf
@@ -193,7 +233,7 @@ class OptimConfig:
         _check_types(self, "optim.")
         _need(self.epochs >= 1, "optim.epochs", ">= 1", self.epochs)
         _need(self.steps_per_epoch >= 0, "optim.steps_per_epoch", ">= 0", self.steps_per_epoch)
-        for name in ("lr_extractor", "lr_embedder", "lr_generator", "lr_head", "weight_decay"):
+        for name in ("lr_extractor", "lr_embedder", "lr_generator", "lr_head", "lr_loss", "weight_decay"):
             value = getattr(self, name)
             _need(0 <= value < math.inf, f"optim.{name}", ">= 0", value)
         _need(self.clip > 0, "optim.clip", "> 0", self.clip)
@@ -223,10 +263,13 @@ class Config:
     recipe: Literal["paper", "authors"] = "paper"
     """Where the defaults came from. The settings themselves are all in the sections."""
     seed: int = 0
+    synthesis: SynthesisName = "hdml"
+    """Where synthetic negatives come from; none: the metric loss of real tuples alone."""
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     hdml: HdmlConfig = field(default_factory=HdmlConfig)
+    daml: DamlConfig = field(default_factory=DamlConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
 
@@ -236,6 +279,9 @@ class Config:
         rows = 3 if self.loss.name == "triplet" else 2
         rule = f"a multiple of {rows} for loss.name = {self.loss.name!r}"
         _need(self.data.batch_size % rows == 0, "data.batch_size", rule, self.data.batch_size)
+        if self.loss.name.startswith("pml."):
+            rule = f"'none' for loss.name = {self.loss.name!r}, which has no tuples to make synthetic negatives of"
+            _need(self.synthesis == "none", "synthesis", rule, self.synthesis)
 
 
 def to_settings(config: Config) -> dict[str, Setting]:
@@ -251,6 +297,58 @@ def to_settings(config: Config) -> dict[str, Setting]:
         else:
             flat[name] = value
     return flat
+
+
+# What each loss reads of its section beside its name.
+_LOSS_READS: Mapping[str, tuple[str, ...]] = {
+    "npair": ("l2_reg",),
+    "triplet": ("margin",),
+    "contrastive": ("margin",),
+    "semihard": ("margin",),
+    "lifted": ("margin",),
+    "angular": ("angle", "l2_reg"),
+    "ddml": ("threshold", "sharpness"),
+    "pml": ("options",),
+}
+
+
+def idle(config: Config) -> frozenset[str]:
+    """Return the dotted names of the settings that nothing reads in this run: whatever their value, it is the same.
+
+    What decides is the method, the loss, the data set and what of f is frozen, never the value of a number.
+
+    >>> sorted(name for name in idle(Config()) if name.startswith("loss."))
+    ['loss.angle', 'loss.margin', 'loss.options', 'loss.sharpness', 'loss.threshold']
+    """
+    data, network, loss = config.data, config.network, config.loss.name.partition(".")[0]
+    features = data.name == "features"
+    names: set[str] = set()
+    if config.synthesis != "hdml":
+        names |= _names("hdml") - {"hdml.weight_decay_in_j_m"}
+        names |= {"optim.lr_head"}
+    if config.synthesis != "daml":
+        names |= _names("daml")
+    if config.synthesis == "none":
+        names |= {"network.generator_hidden", "optim.lr_generator", "optim.compile"}
+    names |= _names("loss") - {"loss.name", *(f"loss.{name}" for name in _LOSS_READS[loss])}
+    if loss != "pml":
+        names |= {"optim.lr_loss"}
+    if features:
+        names |= {"data.image_size", "data.crop_size", "data.flip"}
+        names |= {"network.extractor", "network.weights", "network.frozen"}
+    if features or network.frozen == "all":
+        names |= {"network.batch_norm", "optim.lr_extractor", "optim.channels_last"}
+    if features or not network.frozen:
+        names |= {"data.feature_crops"}
+    if data.name not in ("folder", "features"):
+        names |= {"data.path"}
+    if data.name != "omniglot":
+        names |= {"data.disjoint_by"}
+    return frozenset(names)
+
+
+def _names(section: str) -> set[str]:
+    return {name for name in to_settings(Config()) if name.startswith(f"{section}.")}
 
 
 def with_settings(config: Config, settings: Settings) -> Config:
@@ -308,11 +406,9 @@ def _check_name(name: str) -> None:
     siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
     if not siblings:
         sections = [part.name for part in fields(Config) if is_dataclass(get_type_hints(Config)[part.name])]
-        near = difflib.get_close_matches(section, sections, n=1) or difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(section, sections) or did_you_mean(name, known)
         raise ConfigError(f"unknown setting {name!r}: the sections are [{', '.join(sections)}]{hint}")
-    near = difflib.get_close_matches(leaf, siblings, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(leaf, siblings)
     where = section or "Config"
     raise ConfigError(f"unknown setting {name!r}: {where} has [{', '.join(siblings)}]{hint}")
 
@@ -420,7 +516,8 @@ def recipe_config(settings: Settings) -> Config:
     >>> recipe_config({"loss.name": "triplet"}).hdml.alpha
     7.0
     """
-    choices = {name: settings[name] for name in ("recipe", "data.name", "loss.name") if name in settings}
+    choosing = ("recipe", "synthesis", "data.name", "loss.name", "loss.options")
+    choices = {name: settings[name] for name in choosing if name in settings}
     chosen = with_settings(Config(), {"data.batch_size": 6, **choices})
     recipe, data, loss = chosen.recipe, chosen.data.name, chosen.loss.name
     layers = [

@@ -1,7 +1,8 @@
-"""Features of an extractor that is never trained: extracted once, memory-mapped, shared by all trials.
+"""What a frozen extractor gives: extracted once, memory-mapped, shared by all trials.
 
-The cache is keyed by the data's digest, the extractor, its weights' content, and how the images are cropped, so any
-run that would compute the same features opens the same file.
+Where all of it is frozen these are features; where it is frozen up to a layer, that layer's activations, from which the
+rest of it is trained. The cache is keyed by the data's digest, the extractor, its weights' content, how much of it is
+frozen, and how the images are cropped, so any run that would compute the same opens the same file.
 """
 
 import hashlib
@@ -21,36 +22,33 @@ from hdml_core import images
 from hdml_core.config import Config, ConfigError
 from hdml_core.datasets import Dataset, load
 from hdml_core.datasets.locks import locked
-from hdml_core.networks import Extractor, build_extractor, demand_channels
+from hdml_core.networks import Extractor, build_extractor, cut_extractor, demand_channels
 
 EXTRACTED_ROWS = 64
 """Images passed through the extractor at once."""
 
 
 def open_data(config: Config, root: Path, device: torch.device | str = "cpu") -> Dataset:
-    """Open the data set of `config`: its images, or their features where the extractor is frozen.
+    """Open the data set of `config`: its images, or what the frozen extractor or its frozen layers give of them.
 
-    Features are Float32[m v f]; view 0 is the centre crop and the others are random crops, mirrored at random where
-    `data.flip` says so. Raises DataError for the data and ConfigError for the weights.
+    Features are Float32[m v f], activations Float32[m v c h w]; view 0 is the centre crop and the others are random
+    crops, mirrored at random where `data.flip` says so. Raises DataError for the data, and ConfigError for the weights
+    and where the extractor can't be cut at the layer `network.frozen`.
     """
     dataset = load(config.data, root)
-    if not config.network.frozen or dataset.kind == "features":
+    network = config.network
+    if not network.frozen or dataset.kind == "features":
         return dataset
-    if not config.network.weights:
-        raise ConfigError("network.weights must be given where network.frozen is True, got ''")
-    demand_channels(config.network, dataset.train.values.shape[1])
-    path = root / "cache" / f"{dataset.name}-{config.network.extractor}-{_key(config, dataset)}.npy"
+    if not network.weights:
+        raise ConfigError(f"network.weights must be given where network.frozen is {network.frozen!r}, got ''")
+    demand_channels(network, dataset.train.values.shape[1])
+    path = root / "cache" / f"{dataset.name}-{network.extractor}-{_key(config, dataset)}.npy"
     if not path.exists():
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 _extract(config, dataset, torch.device(device), path)
-    features = np.load(path, mmap_mode="r")
-    return replace(
-        dataset,
-        kind="features",
-        train=replace(dataset.train, values=features),
-        test=replace(dataset.test, values=features),
-    )
+    values = np.load(path, mmap_mode="r")
+    return replace(dataset, train=replace(dataset.train, values=values), test=replace(dataset.test, values=values))
 
 
 def _key(config: Config, dataset: Dataset) -> str:
@@ -61,6 +59,7 @@ def _key(config: Config, dataset: Dataset) -> str:
         dataset.digest,
         config.network.extractor,
         hashlib.sha256(content).hexdigest(),
+        config.network.frozen,
         data.image_size,
         data.crop_size,
         data.feature_crops,
@@ -70,16 +69,18 @@ def _key(config: Config, dataset: Dataset) -> str:
 
 
 def _extract(config: Config, dataset: Dataset, device: torch.device, path: Path) -> None:
-    """Write the features of every row of the data set to `path`, whole or not at all."""
-    extractor = build_extractor(config.network).to(device).eval()
-    values = dataset.train.values
+    """Write what the frozen part gives of every row of the data set to `path`, whole or not at all."""
+    network = config.network
+    stem = (build_extractor(network) if network.frozen == "all" else cut_extractor(network).stem).to(device).eval()
+    values = np.asarray(dataset.train.values)
     aside = path.with_name(f"{path.name}.part")
     try:
         with aside.open("wb") as file:
-            shape = (len(values), config.data.feature_crops, extractor.feature_size)
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for features in _features(extractor, values, config, device):
-                file.write(features.numpy().tobytes())
+            for number, views in enumerate(_views(stem, values, config, device)):
+                if number == 0:
+                    shape = (len(values), *views.shape[1:])
+                    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+                file.write(views.numpy().tobytes())
             file.flush()
             os.fsync(file.fileno())
         aside.rename(path)
@@ -87,15 +88,15 @@ def _extract(config: Config, dataset: Dataset, device: torch.device, path: Path)
         aside.unlink(missing_ok=True)
 
 
-def _features(
-    extractor: Extractor, values: np.ndarray, config: Config, device: torch.device
-) -> Iterator[Float[Tensor, "b v f"]]:
-    data, random = config.data, torch.Generator().manual_seed(0)
+def _views(
+    stem: Extractor, values: np.ndarray, config: Config, device: torch.device
+) -> Iterator[Float[Tensor, "b v ..."]]:
+    data, network, random = config.data, config.network, torch.Generator().manual_seed(0)
     starts = range(0, len(values), EXTRACTED_ROWS)
-    for start in tqdm(starts, desc=f"features of {config.network.extractor}", unit="batch", disable=None):
+    for start in tqdm(starts, desc=f"{network.extractor}, frozen: {network.frozen}", unit="batch", disable=None):
         batch = torch.from_numpy(np.array(values[start : start + EXTRACTED_ROWS])).to(device)
         crops = [images.centre(batch, data.crop_size)]
         crops += [images.augment(batch, data.crop_size, data.flip, random) for _ in range(data.feature_crops - 1)]
         with torch.no_grad():
-            views = extractor(torch.cat(crops)).cpu()
-        yield views.view(len(crops), len(batch), -1).transpose(0, 1)
+            rows = stem(torch.cat(crops)).cpu()
+        yield rows.unflatten(0, (len(crops), len(batch))).transpose(0, 1)

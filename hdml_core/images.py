@@ -34,7 +34,7 @@ def centre(images: UInt8[Tensor, "b c h w"], crop_size: int) -> Float[Tensor, "b
 
 def normalise(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Return (images / 255 - mean) / std, per channel."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in NORMALISATION[images.shape[1]])
+    mean, std = (_on_device(torch.tensor(values), images)[:, None, None] for values in NORMALISATION[images.shape[1]])
     return (images / 255 - mean) / std
 
 
@@ -46,10 +46,15 @@ def _crop(
     size: int,
 ) -> UInt8[Tensor, "b c {size} {size}"]:
     b, c, _, _ = images.shape
-    along = torch.arange(size)
+    tops, lefts, mirrored = (_on_device(drawn, images) for drawn in (tops, lefts, mirrored))
+    along = torch.arange(size, device=images.device)
     down = tops[:, None] + along
     across = lefts[:, None] + torch.where(mirrored[:, None], size - 1 - along, along)
-    down, across = down.to(images.device), across.to(images.device)
     sample = torch.arange(b, device=images.device)[:, None, None, None]
     channel = torch.arange(c, device=images.device)[:, None, None]
     return images[sample, channel, down[:, None, :, None], across[:, None, None, :]]
+
+
+def _on_device(few: Tensor, images: Tensor) -> Tensor:
+    """Send some numbers after the images; so few go with the command, and the host does not wait."""
+    return few.to(images.device, non_blocking=True)

@@ -1,32 +1,41 @@
 """The metric losses J(T): small callables over roles, and how each lays its tuples out.
 
-Every loss says in which `layout` a batch's rows come, hands out the `roles` of whatever has one entry per row, never
-tiled, and is called with roles that hold real or synthetic embeddings alike. With `pairs`, the negatives of an anchor
-are rows of the other classes of the batch, laid out along an axis of their own; entries of the anchor's own class are
-masked out of every sum. Distances are Euclidean.
+Every loss says in which `layout` a batch's rows come. A loss of tuples hands out the `roles` of whatever has one entry
+per row, never tiled, and is called with roles that hold real or synthetic embeddings alike. With `pairs`, the negatives
+of an anchor are rows of the other classes of the batch, laid out along an axis of their own; entries of the anchor's
+own class are masked out of every sum. Distances are Euclidean.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from hdml_core.config import LossConfig
+from hdml_core.config import LossConfig, MetricLossName
+from hdml_core.library_losses import PREFIX, build_library_loss
 from hdml_core.notation import Layout, Roles
 
 
 @runtime_checkable
 class MetricLoss(Protocol):
-    """What the objective asks of a metric loss."""
+    """What the plain objective asks of a metric loss."""
 
     @property
     def layout(self) -> Layout:
         """How the rows of a batch are laid out by role."""
+
+    def of_rows(self, z: Float[Tensor, "b d"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
+        """The loss of a batch of real embeddings."""
+
+
+@runtime_checkable
+class TupleLoss(MetricLoss, Protocol):
+    """What synthesis asks of a metric loss besides: its tuples."""
 
     @property
     def soft_weights(self) -> Mapping[str, float]:
@@ -47,13 +56,23 @@ def squared_distance(p: Float[Tensor, "*#b d"], q: Float[Tensor, "*#b d"]) -> Fl
     return (p - q).square().sum(-1)
 
 
+def mean_where(counts: Bool[Tensor, "*b"], values: Float[Tensor, "*b"]) -> Float[Tensor, ""]:
+    """Return the mean of the values that count. To pick them out by the mask, the host would wait for the device."""
+    return torch.where(counts, values, 0.0).sum() / counts.sum()
+
+
 def inner_product(p: Float[Tensor, "n 1 d"], q: Float[Tensor, "#n m d"]) -> Float[Tensor, "n m"]:
     """Return p . q for each of the m rows that q has beside p."""
     return torch.matmul(q, p.mT).squeeze(-1)
 
 
+class _OfTuples:
+    def of_rows(self: TupleLoss, z: Float[Tensor, "b d"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
+        return self(self.roles(z))
+
+
 @dataclass(frozen=True)
-class TripletLoss:
+class TripletLoss(_OfTuples):
     """Sum over triplets of max(0, d(z, z+)^2 - d(z, z-)^2 + m), Eq. (12); unnormalised and a sum as the authors'."""
 
     margin: float
@@ -77,7 +96,7 @@ _PAIRS_SOFT_WEIGHTS: Mapping[str, float] = {"anchor": 1.0, "positive": 0.0, "neg
 
 
 @dataclass(frozen=True)
-class _FirstOfPairs:
+class _FirstOfPairs(_OfTuples):
     """Tuples of each pair's first row, its second, and the second rows of the other pairs: (n, 1, d) x2, (1, n, d)."""
 
     layout: ClassVar[Layout] = "pairs"
@@ -126,10 +145,9 @@ class AngularLoss(_FirstOfPairs):
 
 
 @dataclass(frozen=True)
-class _AllOfPairs:
+class _AllOfPairs(_OfTuples):
     """Tuples of every row, the other row of its pair, and the rows of other pairs: (b, 1, d) x2, (1, b, d)."""
 
-    margin: float
     layout: ClassVar[Layout] = "pairs"
     soft_weights: ClassVar[Mapping[str, float]] = _PAIRS_SOFT_WEIGHTS
 
@@ -150,11 +168,12 @@ class ContrastiveLoss(_AllOfPairs):
     Hadsell et al. 2006 without their factor 1/2, on the unit sphere, and with each kind of pair averaged by itself.
     """
 
+    margin: float
+
     def __call__(self, roles: Roles) -> Float[Tensor, ""]:
         anchor, positive, negative = (F.normalize(part, dim=-1) for part in roles)
-        is_negative = self.negative_mask(roles)
-        d_minus = torch.linalg.vector_norm(anchor - negative, dim=-1)
-        near = torch.where(is_negative, F.relu(self.margin - d_minus).square(), 0.0).sum() / is_negative.sum()
+        too_near = F.relu(self.margin - torch.linalg.vector_norm(anchor - negative, dim=-1))
+        near = mean_where(self.negative_mask(roles), too_near.square())
         return squared_distance(anchor, positive).mean() + near
 
 
@@ -165,6 +184,8 @@ class SemihardTripletLoss(_AllOfPairs):
     That is the nearest negative farther than the positive, or, where there is none, the farthest of all.
     Schroff et al., "FaceNet", CVPR 2015, on the unit sphere, with the fall-back of its usual implementations.
     """
+
+    margin: float
 
     def __call__(self, roles: Roles) -> Float[Tensor, ""]:
         anchor, positive, negative = (F.normalize(part, dim=-1) for part in roles)
@@ -184,12 +205,37 @@ class LiftedStructureLoss(_AllOfPairs):
     Song et al., "Deep Metric Learning via Lifted Structured Feature Embedding", CVPR 2016, Eq. (4), unnormalised.
     """
 
+    margin: float
+
     def __call__(self, roles: Roles) -> Float[Tensor, ""]:
         d_plus = torch.linalg.vector_norm(roles.anchor - roles.positive, dim=-1).squeeze(1)
         d_minus = torch.linalg.vector_norm(roles.anchor - roles.negative, dim=-1)
         repulsion = torch.where(self.negative_mask(roles), self.margin - d_minus, -math.inf).logsumexp(1)
         of_both = torch.logaddexp(repulsion, repulsion.roll(len(repulsion) // 2))
         return F.relu(of_both + d_plus).square().mean() / 2
+
+
+@dataclass(frozen=True)
+class DdmlLoss(_AllOfPairs):
+    """Mean of g(1 - tau + d(z, z+)^2) / 2 over positive pairs, plus that of g(1 + tau - d(z, z-)^2) / 2 over negative.
+
+    g(x) = log(1 + exp(b x)) / b. Hu, Lu, Tan, "Discriminative Deep Metric Learning for Face Verification in the Wild",
+    CVPR 2014: 1/2 sum of g(1 - l (tau - d^2)), l = 1 for a positive pair and -1 for a negative one, unnormalised; here
+    each kind of pair is averaged by itself, as in the contrastive loss. Its norm of the weights is optim.weight_decay.
+    """
+
+    threshold: float
+    sharpness: float
+
+    def __call__(self, roles: Roles) -> Float[Tensor, ""]:
+        too_far = 1 - self.threshold + squared_distance(roles.anchor, roles.positive)
+        too_near = 1 + self.threshold - squared_distance(roles.anchor, roles.negative)
+        of_positives = self._logistic(too_far).mean()
+        return (of_positives + mean_where(self.negative_mask(roles), self._logistic(too_near))) / 2
+
+    def _logistic(self, x: Float[Tensor, "b m"]) -> Float[Tensor, "b m"]:
+        # F.softplus leaves off its tail.
+        return torch.logaddexp(self.sharpness * x, torch.zeros_like(x)) / self.sharpness
 
 
 def _log1p_sum_exp(excess: Float[Tensor, "n m"], is_negative: Bool[Tensor, "n m"]) -> Float[Tensor, " n"]:
@@ -202,11 +248,19 @@ def _l2(roles: Roles, l2_reg: float) -> Float[Tensor, ""]:
     return 0.25 * l2_reg * (anchor + negative)
 
 
-METRIC_LOSSES: Mapping[str, Callable[[LossConfig], MetricLoss]] = {
+METRIC_LOSSES: Mapping[MetricLossName, Callable[[LossConfig], TupleLoss]] = {
     "triplet": lambda config: TripletLoss(config.margin),
     "npair": lambda config: NPairLoss(config.l2_reg),
     "contrastive": lambda config: ContrastiveLoss(config.margin),
     "semihard": lambda config: SemihardTripletLoss(config.margin),
     "lifted": lambda config: LiftedStructureLoss(config.margin),
     "angular": lambda config: AngularLoss(config.angle, config.l2_reg),
+    "ddml": lambda config: DdmlLoss(config.threshold, config.sharpness),
 }
+
+
+def build_metric_loss(config: LossConfig, num_classes: int, embedding_size: int) -> MetricLoss:
+    """Return the loss that `loss.name` says, one of the table or of pytorch-metric-learning."""
+    if config.name.startswith(PREFIX):
+        return build_library_loss(config.name, config.options, num_classes, embedding_size)
+    return METRIC_LOSSES[cast(MetricLossName, config.name)](config)

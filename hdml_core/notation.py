@@ -25,6 +25,14 @@ Symbols
     j_avg    running average of the metric loss, Eq. (7)
     j_gen_avg  running average of j_gen, the J_gen of Eq. (11)
 
+Symbols of DAML (Duan, Zheng, Lin, Lu, Zhou, "Deep Adversarial Metric Learning", CVPR 2018), where they differ
+    y_tilde  synthetic feature of a negative, G(y-, y, y+); G is that method's generator
+    j_metric j_syn; moves f and g
+    j_hard   squared distance of y_tilde from the anchor's feature
+    j_reg    squared distance of y_tilde from the feature of the negative that it is made of
+    j_adv    how well the metric still tells z_tilde from its anchor, max(0, d(z_tilde, z)^2 - d_plus^2 - margin)
+    j_gen    j_hard + lambda_reg j_reg + lambda_adv j_adv; moves G
+
 Axis letters
     b  rows of a batch       n  tuples of a batch      f  feature size       d  embedding size
     c  channels              h, w  height and width    m  rows of a set      k  classes
@@ -49,8 +57,25 @@ class Roles(NamedTuple):
     negative: Tensor
 
 
-class Losses(NamedTuple):
-    """Every J of one step, each a scalar on its device. A run without synthesis has j_syn ... j_gen at zero."""
+class Batch(NamedTuple):
+    """What one step trains on, and where the running averages stand."""
+
+    x: Tensor
+    """Images (b, c, h, w), or features (b, f) where f is the identity, laid out as the metric loss wants them."""
+    labels: Tensor
+    j_avg: Tensor
+    j_gen_avg: Tensor
+
+
+class PlainLosses(NamedTuple):
+    """Every J of a step without synthesis, each a scalar on its device."""
+
+    j_m: Tensor
+    j_metric: Tensor
+
+
+class HdmlLosses(NamedTuple):
+    """Every J of a step of HDML, each a scalar on its device."""
 
     j_m: Tensor
     j_syn: Tensor
@@ -59,6 +84,21 @@ class Losses(NamedTuple):
     j_soft: Tensor
     j_gen: Tensor
     j_class: Tensor
+
+
+class DamlLosses(NamedTuple):
+    """Every J of a step of DAML, each a scalar on its device."""
+
+    j_m: Tensor
+    j_syn: Tensor
+    j_metric: Tensor
+    j_hard: Tensor
+    j_reg: Tensor
+    j_adv: Tensor
+    j_gen: Tensor
+
+
+Losses = PlainLosses | HdmlLosses | DamlLosses
 
 
 class Hardness(NamedTuple):

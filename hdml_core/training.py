@@ -5,8 +5,9 @@ function of (seed, epoch), so a run restored at an epoch goes on bitwise as if i
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,12 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hdml_core import images
-from hdml_core.config import Config, HdmlConfig
+from hdml_core.config import Config, ConfigError, HdmlConfig
 from hdml_core.datasets import LabelledSet
-from hdml_core.metric_losses import METRIC_LOSSES, MetricLoss
-from hdml_core.networks import Networks, build_networks, demand_channels, mix_precision
-from hdml_core.notation import Averages, EpochReport, Hardness, Losses, RetrievalReport
-from hdml_core.objective import decayed, hdml_losses, plain_losses
+from hdml_core.methods import Method, Objective, method_of
+from hdml_core.metric_losses import MetricLoss, build_metric_loss
+from hdml_core.networks import Networks, build_networks, decayed, demand_channels, mix_precision
+from hdml_core.notation import Averages, Batch, EpochReport, Hardness, HdmlLosses, RetrievalReport
 from hdml_core.retrieval import evaluate_retrieval
 from hdml_core.sampling import RoleBatches
 
@@ -43,7 +44,6 @@ class Run:
     batches: RoleBatches
     optimisers: dict[str, torch.optim.Adam]
     averages: Averages
-    objective: Callable[..., tuple[Losses, Hardness]]
     epoch: int = 0
     step: int = 0
     reports: list[EpochReport] = field(default_factory=list)
@@ -54,12 +54,22 @@ def new_run(
 ) -> Run:
     """Return a run at its start: networks drawn from the seed, averages at their start.
 
-    Raises ConfigError where `train` has too few classes for a batch, or images or weights don't fit the network.
+    Raises ConfigError where `train` has too few classes for a batch, or its rows or the weights don't fit the network.
     """
     device = torch.device(device)
-    if train.feature_size is None:
+    if train.kind == "images":
         demand_channels(config.network, train.values.shape[1])
-    metric_loss = METRIC_LOSSES[config.loss.name](config.loss)
+        if config.network.frozen:
+            raise ConfigError(
+                f"network.frozen must be '' for a run on images, got {config.network.frozen!r}: frozen.open_data gives "
+                "what the rest of the extractor takes"
+            )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        networks = build_networks(config.network, train.num_classes, train.feature_size, config.synthesis)
+        metric_loss = build_metric_loss(config.loss, train.num_classes, config.network.embedding_size)
+    if isinstance(metric_loss, nn.Module):
+        networks.loss = metric_loss
     batches = RoleBatches(
         train.labels,
         metric_loss.layout,
@@ -69,14 +79,9 @@ def new_run(
         rank,
         world,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        networks = build_networks(config.network, train.num_classes, train.feature_size)
     dtype = torch.float64 if config.optim.precision == "float64" else torch.float32
     layout = torch.channels_last if config.optim.channels_last else torch.preserve_format
     networks.to(device, dtype).to(memory_format=layout)
-    if config.network.frozen:
-        networks.extractor.requires_grad_(False)
     if config.optim.precision == "bfloat16":
         mix_precision(networks)
     start = torch.tensor(config.hdml.average_start, device=device, dtype=dtype)
@@ -89,7 +94,6 @@ def new_run(
         batches,
         _optimisers(networks, config),
         Averages(start, start, zero, zero, steps=0),
-        _compiled() if config.optim.compile else hdml_losses,
     )
 
 
@@ -102,15 +106,17 @@ def fit(run: Run, train: LabelledSet, validation: LabelledSet | None, report: Ca
     """
     while run.epoch < run.config.optim.epochs:
         begin = time.monotonic()
+        method = method_of(run.config, run.epoch)
+        hardness = Hardness._fields if method.has_hardness else ()
         trace = _train_epoch(run, train)
         run.epoch += 1
         run.reports.append(
             EpochReport(
                 epoch=run.epoch,
                 step=run.step,
-                losses={name: float(trace[name].mean()) for name in _loss_names(run.config.hdml)},
-                hardness={name: float(trace[name].mean()) for name in _hardness_names(run.config.hdml)},
-                trace={name: tuple(trace[name].tolist()) for name in _hardness_names(run.config.hdml)},
+                losses={name: float(trace[name].mean()) for name in method.losses._fields},
+                hardness={name: float(trace[name].mean()) for name in hardness},
+                trace={name: tuple(trace[name].tolist()) for name in hardness},
                 validation=None if validation is None else evaluate(run, validation),
                 seconds=time.monotonic() - begin,
             )
@@ -137,41 +143,37 @@ def embed(run: Run, rows: LabelledSet) -> Float[Tensor, "m d"]:
 
 def _train_epoch(run: Run, train: LabelledSet) -> dict[str, np.ndarray]:
     """Take the epoch's steps; return the value of every J and of the hardness at each, by name."""
-    hdml = run.config.hdml
+    method = method_of(run.config, run.epoch)
     seed = np.random.SeedSequence([run.config.seed, run.epoch]).generate_state(1).item()
     random = torch.Generator().manual_seed(seed)
     run.networks.train()
     trace = []
     for positions in run.batches.epoch(run.epoch):
         x = _inputs(run, train, positions, random)
-        labels = torch.from_numpy(train.labels[positions]).to(run.device)
+        labels = torch.from_numpy(train.labels[positions]).to(run.device, non_blocking=True)
         trace.append(_step(run, x, labels))
-    if hdml.enabled and hdml.average_window == 0:
+    if method.has_hardness and run.config.hdml.average_window == 0:
         run.averages = _close_window(run.averages)
     # The one wait for the device in an epoch.
     table = torch.stack(trace).double().cpu().numpy()
-    columns = dict(zip((*Losses._fields, *Hardness._fields), table.T, strict=True))
-    _check_finite(run, columns, first_step=run.step - len(trace))
+    names = (*method.losses._fields, *(Hardness._fields if method.has_hardness else ()))
+    columns = dict(zip(names, table.T, strict=True))
+    _check_finite(run, method, columns, first_step=run.step - len(trace))
     return columns
 
 
 def _step(run: Run, x: Float[Tensor, "b ..."], labels: Int[Tensor, " b"]) -> Float[Tensor, " values"]:
-    """Take one step: one forward pass, each J's gradient over its own networks, three optimiser steps."""
-    hdml, optim = run.config.hdml, run.config.optim
-    weight_decay = optim.weight_decay if hdml.weight_decay_in_j_m else 0.0
-    if hdml.enabled:
-        averages = run.averages
-        losses, hardness = run.objective(
-            run.networks, x, labels, run.metric_loss, hdml, weight_decay, averages.j_avg, averages.j_gen_avg
-        )
-        moves = {"metric": losses.j_metric, "generator": losses.j_gen, "head": losses.j_class}
-        run.averages = _averaged(averages, losses, hardness, hdml)
-    else:
-        losses = plain_losses(run.networks, x, run.metric_loss, weight_decay)
-        hardness = Hardness(*torch.zeros(len(Hardness._fields), device=run.device, dtype=losses.j_m.dtype))
-        moves = {"metric": losses.j_metric}
+    """Take one step: one forward pass, each J's gradient over its own networks, an optimiser step of each."""
+    optim, method = run.config.optim, method_of(run.config, run.epoch)
+    batch = Batch(x, labels, run.averages.j_avg, run.averages.j_gen_avg)
+    # The plain loss has nothing that compiling would speed up.
+    compiles = optim.compile and "generator" in method.moves
+    objective = _compiled(method.objective) if compiles else method.objective
+    losses, hardness = objective(run.networks, batch, run.metric_loss, run.config)
+    if hardness is not None:
+        run.averages = _averaged(run.averages, losses, hardness, run.config.hdml)
 
-    gradients = {name: _gradients(run.optimisers[name], j) for name, j in moves.items()}
+    gradients = {name: _gradients(run.optimisers[name], getattr(losses, j)) for name, j in method.moves.items()}
     halvings = sum(step <= run.step for step in optim.halve_at)
     for name, of_parameter in gradients.items():
         for group in run.optimisers[name].param_groups:
@@ -180,7 +182,7 @@ def _step(run: Run, x: Float[Tensor, "b ..."], labels: Int[Tensor, " b"]) -> Flo
             parameter.grad = gradient.clamp(-optim.clip, optim.clip)
         run.optimisers[name].step()
     run.step += 1
-    return torch.stack([*losses, *hardness]).detach()
+    return torch.stack([*losses, *(hardness or ())]).detach()
 
 
 def _gradients(optimiser: torch.optim.Adam, j: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
@@ -188,19 +190,28 @@ def _gradients(optimiser: torch.optim.Adam, j: Tensor) -> list[tuple[nn.Paramete
     return list(zip(parameters, torch.autograd.grad(j, parameters, retain_graph=True), strict=True))
 
 
-def _compiled() -> Callable[..., tuple[Losses, Hardness]]:
-    # Three gradients are taken of one forward pass: its buffers have to outlive the first.
+@cache
+def _compiled(objective: Objective) -> Objective:
+    # Several gradients are taken of one forward pass: its buffers have to outlive the first.
     torch._functorch.config.donated_buffer = False
-    return torch.compile(hdml_losses)
+    return torch.compile(objective)
 
 
 def _optimisers(networks: Networks, config: Config) -> dict[str, torch.optim.Adam]:
-    """Return Adam for the metric (f and g), the generator and the head; f and g decay here unless J_m has it."""
+    """Return Adam for the metric (f, g, and what the metric loss learns), the generator and the head.
+
+    f and g decay here unless J_m has it.
+    """
     optim = config.optim
     decay = 0.0 if config.hdml.weight_decay_in_j_m else optim.weight_decay
     decays = {id(parameter) for parameter in decayed(networks)}
     metric = []
-    for network, lr in ((networks.extractor, optim.lr_extractor), (networks.embedder, optim.lr_embedder)):
+    learns = (
+        (networks.extractor, optim.lr_extractor),
+        (networks.embedder, optim.lr_embedder),
+        (networks.loss, optim.lr_loss),
+    )
+    for network, lr in learns:
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         for weight_decay, parameters in (
             (decay, [p for p in trained if id(p) in decays]),
@@ -218,7 +229,7 @@ def _optimisers(networks: Networks, config: Config) -> dict[str, torch.optim.Ada
     return {name: torch.optim.Adam(of_optimiser) for name, of_optimiser in groups.items()}
 
 
-def _averaged(averages: Averages, losses: Losses, hardness: Hardness, hdml: HdmlConfig) -> Averages:
+def _averaged(averages: Averages, losses: HdmlLosses, hardness: Hardness, hdml: HdmlConfig) -> Averages:
     """Take one step into the open window; where that fills it, close it."""
     j = losses.j_m * hardness.w_real if hdml.average_of == "weighted_j_m" else losses.j_m
     averages = averages._replace(
@@ -238,39 +249,32 @@ def _close_window(averages: Averages) -> Averages:
 def _inputs(
     run: Run, rows: LabelledSet, positions: Int[np.ndarray, " b"], random: torch.Generator | None
 ) -> Float[Tensor, "b ..."]:
-    """Return the rows at these positions as f takes them: augmented where `random` is given, else the centre crop."""
-    values = torch.from_numpy(rows.values[rows.rows[positions]]).to(run.device)
-    dtype = run.averages.j_avg.dtype
-    data = run.config.data
-    if rows.feature_size is not None:
-        if random is None:
-            return values[:, 0].to(dtype)
-        views = torch.randint(values.shape[1], (len(values),), generator=random).to(run.device)
-        return values[torch.arange(len(values), device=run.device), views].to(dtype)
+    """Return the rows at these positions as f takes them: the centre crops, or where `random` is given random ones."""
+    data, dtype = run.config.data, run.averages.j_avg.dtype
+    if rows.kind != "images":
+        views = torch.zeros(len(positions), dtype=torch.int64)
+        if random is not None:
+            views.random_(rows.values.shape[1], generator=random)
+        return rows.take(positions, run.device, views.numpy()).to(dtype)
+    values = rows.take(positions, run.device)
     if random is None:
         return images.centre(values, data.crop_size).to(dtype)
     return images.augment(values, data.crop_size, data.flip, random).to(dtype)
 
 
-def _loss_names(hdml: HdmlConfig) -> Sequence[str]:
-    return Losses._fields if hdml.enabled else ("j_m", "j_metric")
-
-
-def _hardness_names(hdml: HdmlConfig) -> Sequence[str]:
-    return Hardness._fields if hdml.enabled else ()
-
-
-def _check_finite(run: Run, columns: dict[str, np.ndarray], first_step: int) -> None:
+def _check_finite(run: Run, method: Method, columns: dict[str, np.ndarray], first_step: int) -> None:
     """Raise for the first step at which a J was not finite; of several there, the first to be computed."""
-    table = np.stack([columns[name] for name in Losses._fields])
+    table = np.stack([columns[name] for name in method.losses._fields])
     bad = ~np.isfinite(table)
     if not bad.any():
         return
     step = int(bad.any(axis=0).argmax())
-    name = Losses._fields[int(bad[:, step].argmax())]
-    hdml = run.config.hdml
+    name = method.losses._fields[int(bad[:, step].argmax())]
+    schedule = ""
+    if method.has_hardness:
+        hdml, (j_avg, j_gen) = run.config.hdml, (columns[name][step] for name in ("j_avg", "j_gen_avg"))
+        schedule = f": alpha {hdml.alpha:g}, beta {hdml.beta:g}, J_avg {j_avg:g}, J_gen {j_gen:g}"
     raise NonFiniteLossError(
-        f"{name} is {columns[name][step]} at epoch {run.epoch + 1}, step {first_step + step + 1}: "
-        f"alpha {hdml.alpha:g}, beta {hdml.beta:g}, J_avg {columns['j_avg'][step]:g}, "
-        f"J_gen {columns['j_gen_avg'][step]:g}. A lower learning rate or optim.clip often helps."
+        f"{name} is {columns[name][step]} at epoch {run.epoch + 1}, step {first_step + step + 1}{schedule}. "
+        "A lower learning rate or optim.clip often helps."
     )

@@ -105,7 +105,22 @@ def lifted(anchors, positives, negative, margin):
     return total / (2 * b)
 
 
-# The objective. Only weights are taken from the networks, never their forward passes; f is a linear layer.
+def ddml(anchors, positives, negative, threshold, sharpness):
+    """The sum over pairs with l = 1 or -1, but that each kind of pair counts by its mean."""
+    b = len(anchors)
+
+    def g(x):
+        return torch.log(1 + torch.exp(sharpness * x)) / sharpness
+
+    def of_pair(p, q, same):
+        return g(1 - same * (threshold - distance(p, q) ** 2)) / 2
+
+    of_positives = [of_pair(anchors[i], positives[i], 1) for i in range(b)]
+    of_negatives = [of_pair(anchors[i], negative[i][j], -1) for i in range(b) for j in of_other_pairs(i, b)]
+    return sum(of_positives) / len(of_positives) + sum(of_negatives) / len(of_negatives)
+
+
+# The methods. Only weights are taken from the networks, never their forward passes; f is a linear layer.
 
 
 def linear(layer, v):
@@ -137,7 +152,15 @@ def cross_entropy(head, y, label):
     return torch.log(sum(torch.exp(logit) for logit in logits)) - logits[label]
 
 
-def objective(networks, x, labels, config: Config, j_avg: float, j_gen_avg: float) -> dict:
+def decay(networks, config: Config):
+    """What J_m has of weight decay."""
+    fc = networks.embedder[1] if config.network.embedder_batch_norm else networks.embedder
+    weights = [networks.extractor.weight, networks.extractor.bias, fc.weight, fc.bias]
+    rate = config.optim.weight_decay if config.hdml.weight_decay_in_j_m else 0.0
+    return rate * sum(0.5 * (w**2).sum() for w in weights)
+
+
+def hdml(networks, x, labels, config: Config, j_avg: float, j_gen_avg: float) -> dict:
     """Every J of one batch by the paper's section 3 and the authors' departures; mean lambda_0 and share pulled."""
     hdml, is_npair = config.hdml, config.loss.name == "npair"
     every_role = hdml.generated_roles == "all"
@@ -171,10 +194,7 @@ def objective(networks, x, labels, config: Config, j_avg: float, j_gen_avg: floa
         j_m = triplet(anchors, positives, zs[2 * n :], config.loss.margin)
         j_syn = triplet(anchors_syn, positives_syn, [negative_syn[p] for p in pairs], config.loss.margin)
 
-    if hdml.weight_decay_in_j_m:
-        fc = networks.embedder[1] if config.network.embedder_batch_norm else networks.embedder
-        weights = [networks.extractor.weight, networks.extractor.bias, fc.weight, fc.bias]
-        j_m = j_m + config.optim.weight_decay * sum(0.5 * (w**2).sum() for w in weights)
+    j_m = j_m + decay(networks, config)
 
     w_real = math.exp(-hdml.beta / j_gen_avg)
     j_recon = sum(((a - b) ** 2).sum() for a, b in zip(y_prime, ys, strict=True))
@@ -205,4 +225,50 @@ def objective(networks, x, labels, config: Config, j_avg: float, j_gen_avg: floa
         "j_class": mean_cross_entropy(ys, range(len(ys))),
         "lambda_0_mean": sum(factors) / len(factors),
         "pulled_share": sum(f < 1 for f in factors) / len(factors),
+    }
+
+
+def daml(networks, x, config: Config) -> dict:
+    """Every J of one batch by DAML's definitions, the generator fed with each tuple's features end to end."""
+    is_npair = config.loss.name == "npair"
+    n = len(x) // (2 if is_npair else 3)
+
+    ys = [linear(networks.extractor, v) for v in x]
+    zs = embed(networks.embedder, ys)
+    pairs = [(i, j) for i in range(n) for j in range(n)] if is_npair else [(i, i) for i in range(n)]
+    row_of = {(i, j): n + j if is_npair else 2 * n + j for i, j in pairs}
+
+    def generated(y_negative, y_anchor, y_positive):
+        _, second, _, third = networks.generator.rest
+        hidden = torch.clamp(linear(networks.generator.first, torch.cat([y_negative, y_anchor, y_positive])), min=0)
+        return linear(third, torch.clamp(linear(second, hidden), min=0))
+
+    y_tilde = {(i, j): generated(ys[row_of[i, j]], ys[i], ys[n + i]) for i, j in pairs}
+    z_tilde = dict(zip(pairs, embed(networks.embedder, list(y_tilde.values())), strict=True))
+
+    def metric_loss(negative_of):
+        if is_npair:
+            grid = [[negative_of[i, j] for j in range(n)] for i in range(n)]
+            return npair(zs[:n], zs[n:], grid, config.loss.l2_reg)
+        return triplet(zs[:n], zs[n : 2 * n], [negative_of[pair] for pair in pairs], config.loss.margin)
+
+    j_m = metric_loss({pair: zs[row] for pair, row in row_of.items()}) + decay(networks, config)
+    j_syn = metric_loss(z_tilde)
+
+    negatives = [pair for pair in pairs if not is_npair or pair[0] != pair[1]]
+    hard = [distance(y_tilde[i, j], ys[i]) ** 2 for i, j in negatives]
+    reg = [distance(y_tilde[i, j], ys[row_of[i, j]]) ** 2 for i, j in negatives]
+    adv = [
+        torch.clamp(distance(z_tilde[i, j], zs[i]) ** 2 - distance(zs[i], zs[n + i]) ** 2 - config.daml.margin, min=0)
+        for i, j in negatives
+    ]
+    j_hard, j_reg, j_adv = (sum(terms) / len(terms) for terms in (hard, reg, adv))
+    return {
+        "j_m": j_m,
+        "j_syn": j_syn,
+        "j_metric": j_syn + decay(networks, config),
+        "j_hard": j_hard,
+        "j_reg": j_reg,
+        "j_adv": j_adv,
+        "j_gen": j_hard + config.daml.lambda_reg * j_reg + config.daml.lambda_adv * j_adv,
     }

@@ -17,6 +17,7 @@ from hdml_core.config import (
     ConfigError,
     DatasetName,
     MetricLossName,
+    SynthesisName,
     parse_setting,
     recipe_config,
     to_settings,
@@ -31,6 +32,7 @@ COUNT = st.integers(1, 10**6)
 DRAWN = {
     "recipe": st.sampled_from(["paper", "authors"]),
     "seed": st.integers(0, 2**63),
+    "synthesis": st.sampled_from(get_args(SynthesisName)),
     "data.name": st.sampled_from(get_args(DatasetName)),
     "data.path": st.text(),
     "data.image_size": st.integers(64, 512),
@@ -41,9 +43,10 @@ DRAWN = {
     "data.fold": st.integers(0, 4),
     "data.disjoint_by": st.sampled_from(["character", "alphabet"]),
     "data.feature_crops": COUNT,
+    "data.resident": st.booleans(),
     "network.extractor": st.sampled_from(["convnet", "googlenet", "resnet50", "mobilenet_v2"]),
     "network.weights": st.text(),
-    "network.frozen": st.booleans(),
+    "network.frozen": st.sampled_from(["", "all", "layer3"]),
     "network.batch_norm": st.sampled_from(["trained", "frozen"]),
     "network.embedding_size": COUNT,
     "network.embedder_batch_norm": st.booleans(),
@@ -52,7 +55,9 @@ DRAWN = {
     "loss.margin": AT_LEAST_ZERO,
     "loss.l2_reg": AT_LEAST_ZERO,
     "loss.angle": st.floats(1, 89),
-    "hdml.enabled": st.booleans(),
+    "loss.threshold": AT_LEAST_ZERO,
+    "loss.sharpness": ABOVE_ZERO,
+    "loss.options": st.text(),
     "hdml.alpha": AT_LEAST_ZERO,
     "hdml.beta": AT_LEAST_ZERO,
     "hdml.lambda_soft": AT_LEAST_ZERO,
@@ -63,12 +68,17 @@ DRAWN = {
     "hdml.average_window": st.integers(0, 10**6),
     "hdml.average_start": ABOVE_ZERO | st.just(math.inf),
     "hdml.weight_decay_in_j_m": st.booleans(),
+    "daml.lambda_reg": AT_LEAST_ZERO,
+    "daml.lambda_adv": AT_LEAST_ZERO,
+    "daml.margin": AT_LEAST_ZERO,
+    "daml.pretrain_epochs": st.integers(0, 10**6),
     "optim.epochs": COUNT,
     "optim.steps_per_epoch": st.integers(0, 10**6),
     "optim.lr_extractor": AT_LEAST_ZERO,
     "optim.lr_embedder": AT_LEAST_ZERO,
     "optim.lr_generator": AT_LEAST_ZERO,
     "optim.lr_head": AT_LEAST_ZERO,
+    "optim.lr_loss": AT_LEAST_ZERO,
     "optim.weight_decay": AT_LEAST_ZERO,
     "optim.clip": ABOVE_ZERO | st.just(math.inf),
     "optim.halve_at": st.lists(COUNT).map(tuple),
@@ -140,6 +150,17 @@ def test_a_config_is_frozen():
         ({"loss.l2_reg": -1.0}, "loss.l2_reg must be >= 0, got -1.0"),
         ({"loss.angle": 0.0}, "loss.angle must be in (0, 90), got 0.0"),
         ({"loss.angle": 90.0}, "loss.angle must be in (0, 90), got 90.0"),
+        ({"loss.threshold": -1.0}, "loss.threshold must be >= 0, got -1.0"),
+        ({"loss.sharpness": 0.0}, "loss.sharpness must be > 0, got 0.0"),
+        ({"daml.lambda_reg": -1.0}, "daml.lambda_reg must be >= 0, got -1.0"),
+        ({"daml.lambda_adv": -1.0}, "daml.lambda_adv must be >= 0, got -1.0"),
+        ({"daml.margin": math.inf}, "daml.margin must be >= 0, got inf"),
+        ({"daml.pretrain_epochs": -1}, "daml.pretrain_epochs must be >= 0, got -1"),
+        (
+            {"loss.name": "triplets"},
+            "loss.name must be one of 'npair', 'triplet', 'contrastive', 'semihard', 'lifted', 'angular', 'ddml', or "
+            "'pml.NAME' for a loss of pytorch-metric-learning, got 'triplets'; did you mean 'triplet'?",
+        ),
         ({"hdml.alpha": -1.0}, "hdml.alpha must be >= 0, got -1.0"),
         ({"hdml.alpha": math.inf}, "hdml.alpha must be >= 0, got inf"),
         ({"hdml.beta": -1.0}, "hdml.beta must be >= 0, got -1.0"),
@@ -153,6 +174,7 @@ def test_a_config_is_frozen():
         ({"optim.lr_embedder": -1.0}, "optim.lr_embedder must be >= 0, got -1.0"),
         ({"optim.lr_generator": -1.0}, "optim.lr_generator must be >= 0, got -1.0"),
         ({"optim.lr_head": math.inf}, "optim.lr_head must be >= 0, got inf"),
+        ({"optim.lr_loss": -1.0}, "optim.lr_loss must be >= 0, got -1.0"),
         ({"optim.weight_decay": -1.0}, "optim.weight_decay must be >= 0, got -1.0"),
         ({"optim.clip": 0.0}, "optim.clip must be > 0, got 0.0"),
         ({"optim.halve_at": (5, 0)}, "optim.halve_at must be steps > 0, got (5, 0)"),
@@ -200,7 +222,7 @@ def test_a_value_of_another_type_is_refused(unhooked, settings, message):
     assert str(refused.value) == message
 
 
-SECTIONS = "[data, network, loss, hdml, optim, retrieval]"
+SECTIONS = "[data, network, loss, hdml, daml, optim, retrieval]"
 
 
 @pytest.mark.parametrize(
@@ -208,13 +230,13 @@ SECTIONS = "[data, network, loss, hdml, optim, retrieval]"
     [
         (
             "hdml.alhpa",
-            r"unknown setting 'hdml.alhpa': hdml has \[enabled, alpha, .*\]; did you mean 'alpha'\?",
+            r"unknown setting 'hdml.alhpa': hdml has \[alpha, .*\]; did you mean 'alpha'\?",
         ),
         (
             "hdml.nothing_like_it",
-            r"unknown setting 'hdml.nothing_like_it': hdml has \[enabled, alpha, [^?]*\]",
+            r"unknown setting 'hdml.nothing_like_it': hdml has \[alpha, [^?]*\]",
         ),
-        ("sed", r"unknown setting 'sed': Config has \[recipe, seed\]; did you mean 'seed'\?"),
+        ("sed", r"unknown setting 'sed': Config has \[recipe, seed, synthesis\]; did you mean 'seed'\?"),
         (
             "optin.epochs",
             rf"unknown setting 'optin.epochs': the sections are \{SECTIONS}; did you mean 'optim'\?",

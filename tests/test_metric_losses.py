@@ -13,7 +13,7 @@ from tests import conformance, oracles
 from tests.conformance import TUPLES, draw_rows, synthetic_roles
 
 # The settings of the plain-loop twins; at this margin some triplets are satisfied and some are not.
-MARGIN, L2_REG, ANGLE = 0.7, 0.3, 35.0
+MARGIN, L2_REG, ANGLE, THRESHOLD, SHARPNESS = 0.7, 0.3, 35.0, 6.0, 2.0
 TWINS = {
     "triplet": lambda a, p, n: oracles.triplet(a, p, n, MARGIN),
     "npair": lambda a, p, n: oracles.npair(a, p, n, L2_REG),
@@ -21,11 +21,12 @@ TWINS = {
     "semihard": lambda a, p, n: oracles.semihard(a, p, n, MARGIN),
     "lifted": lambda a, p, n: oracles.lifted(a, p, n, MARGIN),
     "angular": lambda a, p, n: oracles.angular(a, p, n, ANGLE, L2_REG),
+    "ddml": lambda a, p, n: oracles.ddml(a, p, n, THRESHOLD, SHARPNESS),
 }
 
 
-def loss_named(name, margin=1.0, l2_reg=0.0, angle=40.0):
-    return METRIC_LOSSES[name](LossConfig(name=name, margin=margin, l2_reg=l2_reg, angle=angle))
+def loss_named(name, **settings):
+    return METRIC_LOSSES[name](LossConfig(name=name, **settings))
 
 
 @pytest.mark.parametrize("law", conformance.METRIC_LOSS_LAWS, ids=lambda law: law.__name__)
@@ -57,7 +58,7 @@ def in_loops(twin, layout):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", METRIC_LOSSES)
 def test_value_and_gradients_equal_the_plain_loops(name, seed, tuples):
-    loss = loss_named(name, MARGIN, L2_REG, ANGLE)
+    loss = loss_named(name, margin=MARGIN, l2_reg=L2_REG, angle=ANGLE, threshold=THRESHOLD, sharpness=SHARPNESS)
     rows = draw_rows(loss, seed)
     roles = loss.roles(rows) if tuples == "real" else synthetic_roles(loss, seed)
     value, gradients = value_and_gradients(loss, roles)
@@ -83,6 +84,15 @@ def test_large_inner_products_do_not_overflow(name):
     rows = (1e4 * draw_rows(loss).float()).requires_grad_()
     value, gradients = value_and_gradients(loss, loss.roles(rows))
     assert value.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_ddml_is_exact_at_any_scale(scale):
+    """Where the logistic loss is all but a hinge its tails are there yet, and nothing overflows."""
+    loss = loss_named("ddml", sharpness=1e3)
+    value, gradients = value_and_gradients(loss, loss.roles(scale * draw_rows(loss)))
+    assert value > 0
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -118,7 +128,7 @@ def test_npair_is_that_of_pytorch_metric_learning():
 
 
 def test_lifted_is_that_of_pytorch_metric_learning_unnormalised():
-    loss = loss_named("lifted", MARGIN)
+    loss = loss_named("lifted", margin=MARGIN)
     rows = draw_rows(loss)
     theirs = losses.LiftedStructureLoss(neg_margin=MARGIN, distance=distances.LpDistance(normalize_embeddings=False))
     torch.testing.assert_close(loss(loss.roles(rows)), theirs(rows, PAIR_LABELS), rtol=1e-10, atol=1e-10)
@@ -134,7 +144,7 @@ def test_angular_is_that_of_pytorch_metric_learning_on_the_unit_sphere_with_seco
 
 
 def test_triplet_is_that_of_pytorch_metric_learning_summed_over_squared_distances():
-    loss = loss_named("triplet", MARGIN)
+    loss = loss_named("triplet", margin=MARGIN)
     rows = draw_rows(loss)
     theirs = losses.TripletMarginLoss(
         margin=MARGIN,

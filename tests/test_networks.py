@@ -1,7 +1,9 @@
 """The extractors keep the laws, the other networks are the paper's, and weights fit or are refused by name."""
 
 import copy
+import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +13,17 @@ from torch import nn
 from torchvision.models._api import WeightsEnum
 
 from hdml_core import networks
-from hdml_core.config import ConfigError, NetworkConfig
-from hdml_core.networks import EXTRACTORS, build_extractor, build_networks, mix_precision
+from hdml_core.config import Config, ConfigError, NetworkConfig, SynthesisName, with_settings
+from hdml_core.networks import (
+    EXTRACTORS,
+    TupleGenerator,
+    build_extractor,
+    build_networks,
+    cut_extractor,
+    decay_penalty,
+    decayed,
+    mix_precision,
+)
 from tests import conformance
 from tests.conformance import batch_norms, images_for, states_of_batch_norms
 
@@ -51,6 +62,85 @@ def test_frozen_batch_norm_stays_through_a_training_step():
     optimiser.step()
     assert not torch.equal(extractor.body[0].weight, first)
     assert all(torch.equal(value, was) for value, was in zip(states_of_batch_norms(extractor), before, strict=True))
+
+
+# Extractors cut in two
+
+CUTS = [
+    ("convnet", "0"),
+    ("convnet", "7"),
+    ("googlenet", "conv1"),
+    ("googlenet", "inception4e"),
+    ("googlenet", "maxpool4"),
+    ("mobilenet_v2", "features.0.1"),
+    ("mobilenet_v2", "features.2.conv.1"),
+    ("mobilenet_v2", "features.14"),
+    ("mobilenet_v2", "features.18.0"),
+    ("resnet50", "bn1"),
+    ("resnet50", "layer3"),
+    ("resnet50", "layer4.1.relu"),
+]
+
+
+@pytest.mark.parametrize("batch_norm", ["trained", "frozen"])
+@pytest.mark.parametrize(("name", "layer"), CUTS)
+def test_stem_and_tail_are_the_whole_bitwise(name, layer, batch_norm):
+    config = NetworkConfig(extractor=name, batch_norm=batch_norm)
+    whole = build_extractor(config).eval()
+    stem, tail = cut_extractor(dataclasses.replace(config, frozen=layer))
+    images = images_for(name)
+    with torch.no_grad():
+        assert torch.equal(tail.eval()(stem.eval()(images)), whole(images))
+    apart = dict(stem.named_parameters()) | dict(tail.named_parameters())
+    assert apart.keys() == dict(whole.named_parameters()).keys()
+    assert len(apart) == len(list(stem.parameters())) + len(list(tail.parameters()))
+    assert {*stem.state_dict(), *tail.state_dict()} == whole.state_dict().keys()
+
+
+@pytest.mark.parametrize(("name", "layer"), CUTS)
+def test_the_stem_stays_and_the_tail_learns(name, layer):
+    stem, tail = cut_extractor(NetworkConfig(extractor=name, frozen=layer))
+    before = states_of_batch_norms(stem)
+    images = images_for(name)
+    activations = stem.train()(images).detach()
+    assert not any(layer.training for layer in batch_norms(stem))
+    assert all(torch.equal(value, was) for value, was in zip(states_of_batch_norms(stem), before, strict=True))
+    assert all(layer.training for layer in batch_norms(tail.train()))
+    gradients = torch.autograd.grad(tail(activations).square().sum(), list(tail.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_batch_norm_of_the_tail_can_be_frozen():
+    _, tail = cut_extractor(NetworkConfig(extractor="resnet50", frozen="layer3", batch_norm="frozen"))
+    assert not any(layer.training for layer in batch_norms(tail.train()))
+    assert not any(parameter.requires_grad for layer in batch_norms(tail) for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "hint"),
+    [
+        ("mobilenet_v2", "features.41", "; did you mean 'features.4'?"),
+        ("mobilenet_v2", "features.15.conv.1", "; did you mean 'features.15'?"),
+        ("resnet50", "layer4", "; did you mean 'layer4.1'?"),
+        ("resnet50", "layer_3", "; did you mean 'layer3'?"),
+        ("resnet50", "avgpool", "; did you mean 'maxpool'?"),
+        ("googlenet", "inception4e.branch1", "; did you mean 'inception4e'?"),
+        ("googlenet", "everything", ""),
+    ],
+)
+def test_a_layer_that_it_cannot_be_cut_at_is_refused(name, layer, hint):
+    listed = {
+        "mobilenet_v2": ", ".join(f"features.{number}" for number in range(18)) + ", features.18.0",
+        "resnet50": "conv1, bn1, relu, maxpool, layer1, layer2, layer3, layer4.0, layer4.1",
+        "googlenet": "conv1, maxpool1, conv2, conv3, maxpool2, inception3a, inception3b, maxpool3, inception4a, "
+        "inception4b, inception4c, inception4d, inception4e, maxpool4, inception5a",
+    }
+    with pytest.raises(ConfigError) as error:
+        cut_extractor(NetworkConfig(extractor=name, frozen=layer))
+    assert str(error.value) == (
+        f"network.frozen must be '', 'all' or a layer of {name} whose output is all that later layers need, such as "
+        f"{listed[name]}, got {layer!r}{hint}"
+    )
 
 
 # Embedder, generator, head
@@ -110,6 +200,52 @@ def test_networks_are_drawn_from_the_global_generator():
     other = build_networks(NetworkConfig(), 5, 8).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+METHODS = get_args(SynthesisName)
+
+
+@pytest.mark.parametrize("synthesis", METHODS)
+def test_of_one_seed_every_method_starts_from_the_same_embedder_and_head(synthesis):
+    built = []
+    for name in ("hdml", synthesis):
+        torch.manual_seed(7)
+        built.append(build_networks(NetworkConfig(embedder_batch_norm=True), 5, 8, name))
+    for child in ("embedder", "head"):
+        first, second = (getattr(networks, child).state_dict() for networks in built)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_the_generator_of_tuples_is_three_layers_on_the_concatenation(n):
+    """Negatives shared by n anchors as in a batch of pairs, or each anchor's own."""
+    generator = build_networks(NetworkConfig(generator_hidden=6), 5, 8, "daml").generator.double()
+    first, rest = generator.first, generator.rest
+    assert isinstance(generator, TupleGenerator)
+    assert [type(layer) for layer in rest] == [nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    assert [tuple(layer.weight.shape) for layer in (first, rest[1], rest[3])] == [(6, 24), (6, 6), (8, 6)]
+    with torch.no_grad():
+        first.bias.normal_()
+        negative, anchor, positive = (
+            torch.randn(shape, dtype=torch.float64) for shape in [(n, 4, 8), *[(5, 1, 8)] * 2]
+        )
+        tiled = torch.cat([part.expand(5, 4, 8) for part in (negative, anchor, positive)], dim=-1)
+        torch.testing.assert_close(generator(negative, anchor, positive), rest(first(tiled)), rtol=1e-12, atol=1e-12)
+
+
+def test_batch_norm_does_not_decay():
+    built = build_networks(NetworkConfig(embedder_batch_norm=True), 5, feature_size=None)
+    convolutions = [layer.weight for layer in built.extractor.modules() if isinstance(layer, nn.Conv2d)]
+    fc = built.embedder[1]
+    assert {id(parameter) for parameter in decayed(built)} == {id(p) for p in (*convolutions, fc.weight, fc.bias)}
+
+
+def test_the_penalty_is_half_the_squares_and_only_where_j_m_has_it():
+    built = build_networks(NetworkConfig(embedding_size=6), 5, 8)
+    decay = {"optim.weight_decay": 0.1}
+    assert decay_penalty(built, with_settings(Config(), decay)) == 0.0
+    penalty = decay_penalty(built, with_settings(Config(), {**decay, "hdml.weight_decay_in_j_m": True}))
+    torch.testing.assert_close(penalty, 0.05 * built.embedder.weight.square().sum())
 
 
 def test_mixed_precision_computes_in_bfloat16_and_hands_out_float32():
@@ -205,7 +341,7 @@ def test_torchvisions_weights_give_torchvisions_features(name, monkeypatch):
 @pytest.mark.data
 def test_published_mobilenet_weights_are_those_of_the_file(shared):
     path = shared / "weights" / "mobilenet_v2_imagenet_folded.fp16.safetensors"
-    extractor = build_extractor(NetworkConfig(extractor="mobilenet_v2", weights=str(path), frozen=True))
+    extractor = build_extractor(NetworkConfig(extractor="mobilenet_v2", weights=str(path), batch_norm="frozen"))
     loaded = extractor.body.state_dict()
     in_file = {name: value for name, value in load_file(path).items() if not name.startswith("classifier")}
     assert {name for name in loaded if not name.endswith("num_batches_tracked")} == in_file.keys()

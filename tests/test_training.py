@@ -9,7 +9,8 @@ import torch
 from hdml_core import checkpoint, training
 from hdml_core.config import ConfigError, recipe_config
 from hdml_core.datasets import LabelledSet
-from hdml_core.notation import Hardness, Losses
+from hdml_core.methods import METHODS
+from hdml_core.notation import Hardness, HdmlLosses
 
 FEATURES, CLASSES, ROWS = 12, 16, 6
 
@@ -67,8 +68,12 @@ VARIANTS = {
     "npair-authors": {"recipe": "authors", "hdml.lambda_soft": 1.0, "hdml.average_window": 4, "optim.halve_at": (10,)},
     "triplet-paper": {"loss.name": "triplet"},
     "triplet-authors": {"recipe": "authors", "loss.name": "triplet", "hdml.lambda_soft": 1.0},
-    "baseline": {"hdml.enabled": False, "optim.weight_decay": 1e-3},
-    "semihard-baseline": {"hdml.enabled": False, "loss.name": "semihard"},
+    "baseline": {"synthesis": "none", "optim.weight_decay": 1e-3},
+    "daml": {"synthesis": "daml"},
+    "daml-triplet": {"synthesis": "daml", "loss.name": "triplet"},
+    "ddml": {"loss.name": "ddml"},
+    "proxies": {"synthesis": "none", "loss.name": "pml.ProxyAnchorLoss", "loss.options": "alpha=16"},
+    "semihard-baseline": {"synthesis": "none", "loss.name": "semihard"},
 }
 
 
@@ -172,10 +177,10 @@ def test_the_authors_average_in_tumbling_windows_of_the_weighted_loss():
 def test_a_report_holds_what_its_run_has():
     run = finished(small_config())
     report = run.reports[0]
-    assert set(report.losses) == set(Losses._fields)
+    assert set(report.losses) == set(HdmlLosses._fields)
     assert set(report.hardness) == set(report.trace) == set(Hardness._fields)
     assert {len(values) for values in report.trace.values()} == {report.step} == {8}
-    plain = finished(small_config(**{"hdml.enabled": False})).reports[0]
+    plain = finished(small_config(synthesis="none")).reports[0]
     assert set(plain.losses) == {"j_m", "j_metric"}
     assert not plain.hardness
     assert not plain.trace
@@ -188,26 +193,36 @@ def test_training_learns():
 
 @pytest.mark.filterwarnings("ignore:.*")
 @pytest.mark.parametrize("settings", [{"optim.precision": "bfloat16"}, {"optim.channels_last": True}])
-def test_faster_settings_train_the_same_thing_nearly(settings):
-    images = {"data.name": "glyphs", "optim.epochs": 1, "hdml.beta": 1.0}
+@pytest.mark.parametrize("synthesis", METHODS)
+def test_faster_settings_train_the_same_thing_nearly(synthesis, settings):
+    images = {"data.name": "glyphs", "optim.epochs": 1, "hdml.beta": 1.0, "daml.pretrain_epochs": 0}
     train = labelled(images=True)
     losses = []
     for extra in ({}, settings):
-        run = training.new_run(small_config(**images, **extra), train)
+        run = training.new_run(small_config(synthesis=synthesis, **images, **extra), train)
         losses.append(training._train_epoch(run, train)["j_metric"])
     np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=2e-2)
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-def test_a_compiled_objective_trains_the_same_thing():
+@pytest.mark.parametrize("synthesis", ["hdml", "daml"])
+def test_a_compiled_objective_trains_the_same_thing(synthesis):
     train = labelled()
     losses = []
     for compiled in (False, True):
         run = training.new_run(
-            small_config(**{"optim.compile": compiled, "optim.epochs": 2, "optim.precision": "float64"}), train
+            small_config(
+                **{
+                    "synthesis": synthesis,
+                    "optim.compile": compiled,
+                    "optim.epochs": 2,
+                    "optim.precision": "float64",
+                }
+            ),
+            train,
         )
         training.fit(run, train, labelled(1, 5), lambda report: None)
-        losses.append([run.reports[-1].losses[name] for name in Losses._fields])
+        losses.append([run.reports[-1].losses[name] for name in METHODS[synthesis].losses._fields])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
 
 
@@ -232,6 +247,15 @@ def test_a_loss_that_is_not_finite_is_named_with_its_schedule():
     message = str(raised.value)
     assert "at epoch 1, step 1: alpha 2.5, beta 7, J_avg inf, J_gen inf" in message
     assert message.startswith("j_")
+
+
+@pytest.mark.parametrize("synthesis", ["none", "daml"])
+def test_a_loss_that_is_not_finite_is_named_without_a_schedule_where_there_is_none(synthesis):
+    train = labelled()
+    train.values[:, :] = 1e30
+    message = r"^j_m is (inf|nan) at epoch 1, step 1\. A lower learning rate or optim.clip often helps\.$"
+    with pytest.raises(training.NonFiniteLossError, match=message):
+        finished(small_config(**{"synthesis": synthesis, "daml.pretrain_epochs": 0}), train)
 
 
 def test_an_extractor_for_other_images_is_said_at_the_start():

@@ -1,14 +1,17 @@
 """What a data set is: rows with labels, cut by class, so that no class is on both sides of a split."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8
+import torch
+from jaxtyping import Float32, Int, Int64, Shaped, UInt8
+from torch import Tensor
 
-Kind = Literal["images", "features"]
+Kind = Literal["images", "features", "activations"]
+_Array = np.ndarray | Tensor
 
 
 class DataError(ValueError):
@@ -17,10 +20,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class LabelledSet:
-    """Some rows of a data set and their labels 0..k-1. The values are those of the whole data set, never copied."""
+    """Some rows of a data set and their labels 0..k-1. The values are those of the whole data set."""
 
-    values: UInt8[np.ndarray, "m c h w"] | Float32[np.ndarray, "m v f"]
-    """A memory map: images, or v feature vectors of each row (v = 1 unless there are several views)."""
+    values: UInt8[_Array, "m c h w"] | Float32[_Array, "m v f"] | Float32[_Array, "m v c h w"]
+    """A memory map: images, or of each row v feature vectors or v blocks of an extractor's activations, one a view.
+    Where the rows have been put `on` a device, a tensor there, of these rows alone."""
     rows: Int64[np.ndarray, " s"]
     """Which rows of `values` belong to this set."""
     labels: Int64[np.ndarray, " s"]
@@ -34,9 +38,15 @@ class LabelledSet:
         return len(self.classes)
 
     @property
+    def kind(self) -> Kind:
+        """What a row is, told by its axes."""
+        kinds: dict[int, Kind] = {4: "images", 3: "features", 5: "activations"}
+        return kinds[self.values.ndim]
+
+    @property
     def feature_size(self) -> int | None:
-        """Size f of a row that is features already; None for images."""
-        return self.values.shape[2] if self.values.ndim == 3 else None
+        """Size f of a row that is features already; None for images and activations."""
+        return self.values.shape[2] if self.kind == "features" else None
 
     def subset(self, classes: Sequence[int]) -> "LabelledSet":
         """Return the rows of these classes alone, relabelled 0, 1, ... in the order given."""
@@ -44,7 +54,22 @@ class LabelledSet:
         new_label[list(classes)] = np.arange(len(classes))
         labels = new_label[self.labels]
         kept = labels >= 0
-        return LabelledSet(self.values, self.rows[kept], labels[kept], tuple(self.classes[i] for i in classes))
+        names = tuple(self.classes[i] for i in classes)
+        return replace(self, rows=self.rows[kept], labels=labels[kept], classes=names)
+
+    def take(
+        self, positions: Int[np.ndarray, " b"], device: torch.device | str, views: Int[np.ndarray, " b"] | None = None
+    ) -> Shaped[Tensor, "b ..."]:
+        """Return the values at these positions on `device`, of several views the one that is named for each."""
+        index = (self.rows[positions],) if views is None else (self.rows[positions], views)
+        if isinstance(self.values, np.ndarray):
+            return torch.from_numpy(self.values[index]).to(device, non_blocking=True)
+        return self.values[tuple(torch.from_numpy(part).to(self.values.device, non_blocking=True) for part in index)]
+
+    def on(self, device: torch.device | str) -> "LabelledSet":
+        """Return these rows with a copy of their values on `device`: the same bitwise, and no step waits for them."""
+        everything = np.arange(len(self))
+        return replace(self, values=self.take(everything, device), rows=everything)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +84,10 @@ class Dataset:
     digest: str
     train: LabelledSet
     test: LabelledSet
-    kind: Kind
+
+    @property
+    def kind(self) -> Kind:
+        return self.train.kind
 
 
 def validation_fold(train: LabelledSet, folds: int, fold: int) -> tuple[LabelledSet, LabelledSet]:

@@ -79,7 +79,7 @@ def _split(source: Source, rows_file: Path, manifest: Manifest) -> Dataset:
             "another or take the class out"
         )
     demand_disjoint(train, test)
-    return Dataset(source.name, manifest["digest"], train, test, source.kind)
+    return Dataset(source.name, manifest["digest"], train, test)
 
 
 def _prepare(source: Source, rows_file: Path, manifest_file: Path) -> None:

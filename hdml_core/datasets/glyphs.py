@@ -2,7 +2,8 @@
 
 The classes are characters whose shapes stay apart in all upright fonts, even stretched to one height and width: one A
 stands for the Latin, the Greek and the Cyrillic letter. The instances are fonts and affine changes, drawn in whole
-numbers, so that the same matplotlib and Pillow draw the same bytes on every machine.
+numbers, so that the same matplotlib and Pillow draw the same bytes on every machine. Matplotlib is imported where it is
+asked for: it is wanted for nothing else.
 """
 
 import hashlib
@@ -10,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import PIL
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageFont
 
 from hdml_core.config import DataConfig
@@ -44,6 +43,8 @@ ROTATION, SHEAR, STRETCH, SIZE, SHIFT = 0.4, 0.3, 0.25, 0.2, 6.0
 
 def read(config: DataConfig, root: Path) -> Source:
     """Describe the drawings; every other character trains, so that each side has letters and symbols."""
+    import matplotlib
+
     size, characters = config.image_size, sorted(CHARACTERS)
     # Whatever changes in this file may change the drawings, and then the cache must not be an old one.
     this_file = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
@@ -87,6 +88,8 @@ def pgm(image: Image.Image) -> bytes:
 
 
 def fonts_folder() -> Path:
+    import matplotlib
+
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
@@ -98,6 +101,8 @@ def fonts_with(character: str) -> Sequence[str]:
 
 @cache
 def fonts_and_characters() -> dict[str, frozenset[int]]:
+    from matplotlib.ft2font import FT2Font
+
     return {font: frozenset(FT2Font(str(fonts_folder() / f"{font}.ttf")).get_charmap()) for font in FONTS}
 
 
