@@ -21,7 +21,7 @@ STUDY = Study(
     question=__doc__,
     base={"recipe": "paper", "loss.name": "npair"},
     space={"hdml.alpha": LogUniform(0.1, 300.0), "hdml.beta": LogUniform(0.1, 1e5)},
-    baseline={"hdml.enabled": False},
+    baseline={"synthesis": "none"},
     trials=12,
     pruner="median",
 )

@@ -16,7 +16,7 @@ from studies.machinery.study import Study
 STUDY = Study(
     name="baseline",
     question=__doc__,
-    base={"recipe": "paper", "loss.name": "npair", "hdml.enabled": False},
+    base={"recipe": "paper", "loss.name": "npair", "synthesis": "none"},
     space={"optim.lr_embedder": LogUniform(1e-5, 1e-2), "optim.weight_decay": LogUniform(1e-6, 1e-2)},
     trials=24,
     pruner="median",

@@ -1,5 +1,6 @@
 """Every study file: it says what it asks, it is data, and it runs."""
 
+import csv
 import importlib
 import json
 import os
@@ -10,10 +11,13 @@ from collections import Counter
 import mlflow
 import pytest
 
+from hdml_core.methods import METHODS
 from studies.machinery import records
 from studies.machinery.ledger import existing
+from studies.machinery.samplers import grid
 from studies.machinery.storage import open_storage
-from studies.machinery.study import TINY_TRIALS, Study
+from studies.machinery.study import TINY_TRIALS, Study, variant
+from studies.machinery.tables import ROWS
 from tests.conftest import ROOT
 
 FILES = sorted(file for file in (ROOT / "studies").glob("*.py") if not file.name.startswith("__"))
@@ -55,7 +59,31 @@ def test_a_study_is_data(file):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "alpha_beta"])
 def test_a_study_runs_tiny(name, tmp_path, data):
     said = run(name, tmp_path, data)
-    assert f"{TINY_TRIALS} of {TINY_TRIALS} trials" in said
+    study = variant(importlib.import_module(f"studies.{name}").STUDY, tiny=True)
+    assert f"{study.trials} of {study.trials} trials" in said
+    lines = {line.split("  ")[0] for line in said.split("\n")}
+    assert study.arms.keys() <= lines
+    if study.test_seeds:
+        opened = [line for line in lines if line.startswith("paper mode: ")]
+        assert len(opened) == len(study.arms) + len(study.rivals)
+        assert f"over {study.test_seeds} seeds" in said
+
+
+def test_every_row_of_the_published_tables_is_a_method():
+    with (ROOT / "dashboards/published.csv").open() as file:
+        published = {(row["dataset"], row["method"]) for row in csv.DictReader(file)}
+    for dataset in ("cub200", "cars196", "sop"):
+        study = importlib.import_module(f"studies.table_{dataset}").STUDY
+        assert {method for of, method in published if of == dataset} == study.arms.keys() == ROWS.keys()
+        assert study.config().data.name == dataset
+        assert study.trials % len(study.arms) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_grid_is_tried_to_its_end(name):
+    study = importlib.import_module(f"studies.{name}").STUDY
+    if study.sampler == "grid":
+        assert study.trials == len(grid(study.search_space))
 
 
 @pytest.mark.cluster
@@ -131,9 +159,9 @@ def check_child(client, child, parent):
     assert {records.TAG_COMMIT, records.TAG_DATA, records.TAG_HOST} <= tags.keys()
     assert child.data.params["optim.epochs"] == "3"
     plain = tags[records.TAG_KIND] == "baseline"
-    assert child.data.params["hdml.enabled"] == str(not plain)
+    assert child.data.params["synthesis"] == ("none" if plain else "hdml")
 
-    losses = ("j_m", "j_metric") if plain else records.LOSSES
+    losses = METHODS["none" if plain else "hdml"].losses._fields
     wanted = {f"train/{name}" for name in losses} | {f"validation/{name}" for name in records.QUALITIES}
     wanted |= set() if plain else {f"hardness/{name}" for name in records.HARDNESS_TRACE}
     wanted |= {"cost/seconds", "cost/gpu_seconds", "cost/peak_memory_mb"}

@@ -1,7 +1,8 @@
 """Open the test classes, once: the best trial beside its baseline, trained anew on all training classes, fresh seeds.
 
-Searching and pruning saw validation classes only, so that what is measured here was not selected. What the study was
-when it was opened, by whom, and how often, stays in its ledger: see `audit`.
+Of a study of several arms it is the best trial of each. Searching and pruning saw validation classes only, so that what
+is measured here was not selected. What the study was when it was opened, by whom, and how often, stays in its ledger:
+see `audit`.
 """
 
 import json
@@ -21,16 +22,16 @@ from studies.machinery.driver import Places, Resources, commit, execute, prepare
 from studies.machinery.lease import Lease
 from studies.machinery.ledger import ATTEMPTS, CHECKPOINTS, METRICS, REASON, TERMS, Ledger, Row, existing
 from studies.machinery.progress import table
-from studies.machinery.records import PAPER, QUALITIES, TEST, Kind, run_name, short, trial_id
+from studies.machinery.records import ARM, PAPER, QUALITIES, TEST, Kind, run_name, short, trial_id
 from studies.machinery.search import Series
-from studies.machinery.space import Choice, Integer, Space, from_json
+from studies.machinery.space import Choice, Integer, from_json
 from studies.machinery.storage import LedgerError, open_storage
 from studies.machinery.study import Study
 from studies.machinery.worker import Job
 
 BEST, BASELINE, DIFFERENCE = "best", "baseline", "difference"
-SPACE: Space = {"arm": Choice((BEST, BASELINE)), "seed": Integer(0, 2**31 - 1)}
-"""What tells the trainings of an opening apart."""
+"""The arms of a study that has none, and what lies between them."""
+SEEDS = Integer(0, 2**31 - 1)
 GOAL = f"{TEST}/{QUALITIES[0]}"
 FIRST_SEED, MOST_SEEDS = 10_000, 1000
 """How far above the search's own the seeds of an opening begin, and how much higher at each opening."""
@@ -61,15 +62,29 @@ class Interval(NamedTuple):
     n: int
 
 
+class Arm(NamedTuple):
+    """What is trained over and over with fresh seeds, and what it is compared with."""
+
+    config: Config
+    said: str
+    """Its name, to read."""
+    rival: str | None = None
+
+    def difference(self, arm: str) -> str:
+        """What lies between this arm, of that name, and its rival."""
+        return DIFFERENCE if arm == BEST else f"{arm}-{self.rival}"
+
+
 class Comparison(NamedTuple):
-    """A quality of both arms over the same seeds, and its difference, paired by seed."""
+    """A quality of all arms, and the differences between rivals, paired by seed."""
 
     intervals: Mapping[str, Interval]
-    """Of BEST, BASELINE and DIFFERENCE."""
-    p_value: float | None
-    """Of the paired t-test, were there no difference; None where all differences are equal: it goes by their spread."""
+    """Of every arm and of every difference."""
+    p_values: Mapping[str, float | None]
+    """Of the paired t-test of each difference, were there none; None where all differences are equal: the test goes by
+    their spread."""
     paper: Mapping[str, float]
-    """The three means in paper mode, where it was asked for; neither interval nor test is for them."""
+    """The means in paper mode, where it was asked for; neither interval nor test is for them."""
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -99,56 +114,85 @@ def confirm_study(name: str, places: Places, asked: Asked) -> str:
     ledger = existing(storage, name)
     other = existing(storage, asked.against) if asked.against else None
     with Lease(storage.engine, name) as lease:
-        best = ledger.best()
+        ledger.best()  # where there is none, nothing is opened
         study = _study(ledger, asked.gpus_per_trial)
-        rival, against = _rival(study, other)
-        arms = {BEST: study.config(best.params), BASELINE: rival}
-        for arm, searched in ((BEST, ledger), (BASELINE, other or ledger)):
-            dataset = prepare(arms[arm], places.root)
-            _demand_data(searched, dataset.digest)
+        arms = _arms(study, ledger, other)
+        for arm, its in arms.items():
+            dataset = prepare(its.config, places.root)
+            _demand_data(other if other and arm == BASELINE else ledger, dataset.digest)
 
-        opening = _opening(ledger, arms, trial_id(best.number), against, asked)
+        opening = _opening(ledger, arms, asked)
         folder = places.out / name
         with recording(places, study, ledger, dataset) as recorder, opened(ledger, recorder, opening):
-            sealed = Ledger(storage, f"{name}.{opening.label}", SPACE, lease)
+            sealed = Ledger(storage, f"{name}.{opening.label}", {ARM: Choice(tuple(arms)), "seed": SEEDS}, lease)
             first = study.config().seed + FIRST_SEED + MOST_SEEDS * opening.number
-            sealed.enqueue({"arm": arm, "seed": seed} for seed in range(first, first + opening.seeds) for arm in arms)
+            sealed.enqueue({ARM: arm, "seed": seed} for seed in range(first, first + opening.seeds) for arm in arms)
             resources = start_ray(study)
             plan = [_series(study, opening, sealed, arms, places.root, folder / opening.label, resources)]
             execute(study, plan, recorder, resources, folder)
-            found = compare(sealed.rows(), asked.paper_mode)
+            found = compare(sealed.rows(), arms, asked.paper_mode)
             recorder.note(opening.label, opening.tags(), _metrics(found))
             (folder / "confirm.json").write_text(json.dumps(_written(opening, found), indent=2))
-    return "\n".join([*_said(opening, found, sealed.rows()), f"written to {folder / 'confirm.json'}"])
+    return "\n".join([*_said(opening, arms, found, sealed.rows()), f"written to {folder / 'confirm.json'}"])
 
 
-def compare(rows: Sequence[Row], paper_mode: bool = False) -> dict[str, Comparison]:
-    """Compare the arms in every quality, over the seeds that trained to the end in both.
+def close_study(study: Study, ledger: Ledger, places: Places) -> str:
+    """Open the test classes as a study's last act, or go on opening them; where that is done, say what was found.
 
-    Raises LedgerError where these are fewer than two.
+    Where trials are still to be run, they stay closed, and that is said.
     """
-    metrics = {(row.params["arm"], row.params["seed"]): row.notes[METRICS] for row in rows if row.state == "COMPLETE"}
-    seeds = sorted({seed for _, seed in metrics if (BEST, seed) in metrics and (BASELINE, seed) in metrics})
+    if not ledger.is_done(study.trials):
+        return "the test classes stay closed until all trials have ended: the same command goes on"
+    before = [opening for opening in openings(ledger) if opening.kind != "floor"]
+    if before and before[-1].finished:
+        last, arms = before[-1], _arms(study, ledger, None)
+        rows = Ledger(open_storage(places.ledger_url), f"{study.name}.{last.label}", {}).rows()
+        return "\n".join(_said(last, arms, compare(rows, arms, last.kind == "paper"), rows))
+    asked = Asked(study.test_seeds, paper_mode=study.paper_mode, gpus_per_trial=study.gpus_per_trial)
+    return confirm_study(study.name, places, asked)
+
+
+def compare(rows: Sequence[Row], arms: Mapping[str, Arm], paper_mode: bool = False) -> dict[str, Comparison]:
+    """Compare the arms in every quality, over the seeds that trained to the end in all of them.
+
+    Of several arms, one of which fewer than two seeds did is left out. Raises LedgerError where fewer than two seeds
+    are left.
+    """
+    metrics: dict[str, dict[Any, Mapping[str, float]]] = {arm: {} for arm in arms}
+    for row in rows:
+        if row.state == "COMPLETE":
+            metrics[str(row.params[ARM])][row.params["seed"]] = row.notes[METRICS]
+    measured = metrics if BEST in arms else {arm: of for arm, of in metrics.items() if len(of) >= 2}
+    seeds = sorted(set.intersection(*map(set, measured.values()))) if measured else []
     if len(seeds) < 2:
         raise LedgerError(
-            f"two seeds or more must have trained to the end in both arms, got {len(seeds)}: {_failures(rows)}. "
+            f"two seeds or more must have trained to the end in all arms, got {len(seeds)}: {_failures(rows)}. "
             "--again opens the test classes once more"
         )
+    rivals = {arm: its.rival for arm, its in arms.items() if arm in measured and its.rival in measured}
 
     def values(name: str) -> dict[str, list[float]]:
-        best, baseline = ([metrics[arm, seed][name] for seed in seeds] for arm in (BEST, BASELINE))
-        return {BEST: best, BASELINE: baseline, DIFFERENCE: [a - b for a, b in zip(best, baseline, strict=True)]}
+        of_arms = {arm: [of[seed][name] for seed in seeds] for arm, of in measured.items()}
+        return of_arms | {
+            arms[arm].difference(arm): [a - b for a, b in zip(of_arms[arm], of_arms[str(rival)], strict=True)]
+            for arm, rival in rivals.items()
+        }
 
     found = {}
     for quality in QUALITIES:
         honest = values(f"{TEST}/{quality}")
-        spread = np.ptp(honest[DIFFERENCE])
         found[quality] = Comparison(
-            {arm: interval(of) for arm, of in honest.items()},
-            float(ttest_rel(honest[BEST], honest[BASELINE]).pvalue) if spread > ALIKE else None,
-            {arm: fmean(of) for arm, of in values(f"{PAPER}/{quality}").items()} if paper_mode else {},
+            {name: interval(of) for name, of in honest.items()},
+            {arms[arm].difference(arm): _p_value(honest[arm], honest[str(rival)]) for arm, rival in rivals.items()},
+            {name: fmean(of) for name, of in values(f"{PAPER}/{quality}").items()} if paper_mode else {},
         )
     return found
+
+
+def _p_value(values: Sequence[float], rivals: Sequence[float]) -> float | None:
+    """Return that of the paired t-test, or None where there is no spread that it could go by."""
+    differences = np.subtract(values, rivals)
+    return float(ttest_rel(values, rivals).pvalue) if np.ptp(differences) > ALIKE else None
 
 
 def _study(ledger: Ledger, gpus_per_trial: float) -> Study:
@@ -159,6 +203,8 @@ def _study(ledger: Ledger, gpus_per_trial: float) -> Study:
         terms["question"],
         from_json(terms["space"]),
         base=_settings(terms["base"]),
+        arms={arm: _settings(settings) for arm, settings in terms["arms"].items()},
+        rivals=terms["rivals"],
         baseline=None if terms["baseline"] is None else _settings(terms["baseline"]),
         goals=terms["goals"],
         gpus_per_trial=gpus_per_trial,
@@ -169,14 +215,34 @@ def _settings(written: Mapping[str, Any]) -> dict[str, Setting]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in written.items()}
 
 
-def _rival(study: Study, other: Ledger | None) -> tuple[Config, str]:
-    """Return what the best is compared with, and its name: the best of another study, or the study's baseline."""
+def _arms(study: Study, ledger: Ledger, other: Ledger | None) -> dict[str, Arm]:
+    """Return what is to be trained: the best trial of each arm that has one, or the best of all and its rival.
+
+    Raises ConfigError where there is no rival.
+    """
+    if study.arms:
+        if other is not None:
+            raise ConfigError(f"--against must be left out for a study of several arms, got {other.name!r}")
+        best = ledger.best_of_arms()
+        return {
+            arm: Arm(study.config(best[arm].params), f"{arm} ({trial_id(best[arm].number)})", study.rivals.get(arm))
+            for arm in study.arms
+            if arm in best
+        }
+    best_row = ledger.best()
+    said = f"best ({trial_id(best_row.number)})"
+    return {BEST: Arm(study.config(best_row.params), said, BASELINE), BASELINE: _rival(study, other)}
+
+
+def _rival(study: Study, other: Ledger | None) -> Arm:
+    """Return what the best is compared with: the best of another study, or the study's baseline."""
     if other is not None:
         best = other.best()
-        return _study(other, study.gpus_per_trial).config(best.params), f"{other.name} ({trial_id(best.number)})"
+        config = _study(other, study.gpus_per_trial).config(best.params)
+        return Arm(config, f"{other.name} ({trial_id(best.number)})")
     if study.baseline is None:
         raise ConfigError(f"study {study.name!r} has no baseline: name a study to compare with, --against STUDY")
-    return study.baseline_config(), BASELINE
+    return Arm(study.baseline_config(), BASELINE)
 
 
 def _demand_data(searched: Ledger, digest: str) -> None:
@@ -188,14 +254,16 @@ def _demand_data(searched: Ledger, digest: str) -> None:
         )
 
 
-def _opening(ledger: Ledger, arms: Mapping[str, Config], best: str, against: str, asked: Asked) -> Opening:
+def _opening(ledger: Ledger, arms: Mapping[str, Arm], asked: Asked) -> Opening:
     """Return the opening that was broken off, where this call is the same as then, or else a new one.
 
     Raises LedgerError where the test classes were opened before and `again` is not said.
     """
     before = [opening for opening in openings(ledger) if opening.kind != "floor"]
-    settings = {arm: to_settings(config) for arm, config in arms.items()}
+    settings = {arm: to_settings(its.config) for arm, its in arms.items()}
     kind: Kind = "paper" if asked.paper_mode else "confirm"
+    against = arms[BASELINE].said if BASELINE in arms else ""
+    best = ", ".join(its.said for arm, its in arms.items() if arm != BASELINE)
     new = new_opening(ledger, len(before) + 1, kind, commit(), settings, best, against, asked.seeds)
     if not before:
         return new
@@ -220,7 +288,7 @@ def _series(
     study: Study,
     opening: Opening,
     sealed: Ledger,
-    arms: Mapping[str, Config],
+    arms: Mapping[str, Arm],
     root: Path,
     folder: Path,
     resources: Resources,
@@ -232,7 +300,7 @@ def _series(
             opening.label,
             row.number,
             row.notes[ATTEMPTS],
-            to_settings(with_settings(arms[str(row.params["arm"])], {"seed": row.params["seed"]})),
+            to_settings(with_settings(arms[str(row.params[ARM])].config, {"seed": row.params["seed"]})),
             ({},),
             root,
             Path(row.notes.get(CHECKPOINTS, folder / trial_id(row.number))),
@@ -241,51 +309,57 @@ def _series(
             60 * study.hang_minutes,
         )
 
-    return Series(opening.label, sealed, 2 * opening.seeds, [GOAL], job, max_attempts=study.max_attempts)
+    return Series(opening.label, sealed, len(arms) * opening.seeds, [GOAL], job, max_attempts=study.max_attempts)
 
 
 def _metrics(found: Mapping[str, Comparison]) -> dict[str, float]:
     """What was found, as the metrics of a run; of paper mode, under its own name, the means alone."""
     metrics = {}
     for quality, of in found.items():
-        for arm, its in of.intervals.items():
-            metrics[f"{TEST}/{quality}_{arm}"] = its.mean
-            metrics[f"{TEST}/{quality}_{arm}_half_width"] = its.half_width
-        if of.p_value is not None:
-            metrics[f"{TEST}/{quality}_p_value"] = of.p_value
-        metrics |= {f"{PAPER}/{quality}_{arm}": mean for arm, mean in of.paper.items()}
+        for name, its in of.intervals.items():
+            metrics[f"{TEST}/{quality}_{name}"] = its.mean
+            metrics[f"{TEST}/{quality}_{name}_half_width"] = its.half_width
+        for name, p_value in of.p_values.items():
+            if p_value is not None:
+                metrics[f"{TEST}/{quality}_{name}_p_value"] = p_value
+        metrics |= {f"{PAPER}/{quality}_{name}": mean for name, mean in of.paper.items()}
     return metrics
 
 
 def _written(opening: Opening, found: Mapping[str, Comparison]) -> dict[str, Any]:
     """What was found, in plain types; what paper mode gave stands apart, saying what it is."""
-    results = {name: {arm: its._asdict() for arm, its in of.intervals.items()} for name, of in found.items()}
-    p_values = {name: of.p_value for name, of in found.items()}
+    results = {quality: {name: its._asdict() for name, its in of.intervals.items()} for quality, of in found.items()}
+    p_values = {quality: dict(of.p_values) for quality, of in found.items()}
     written = {**opening._asdict(), "finished": now(), "results": results, "p_values": p_values}
     if opening.kind == "paper":
-        written["paper_mode"] = {"what": PAPER_MODE, "means": {name: of.paper for name, of in found.items()}}
+        written["paper_mode"] = {"what": PAPER_MODE, "means": {quality: of.paper for quality, of in found.items()}}
     return written
 
 
-def _said(opening: Opening, found: Mapping[str, Comparison], rows: Sequence[Row]) -> list[str]:
+def _said(opening: Opening, arms: Mapping[str, Arm], found: Mapping[str, Comparison], rows: Sequence[Row]) -> list[str]:
     """What was found, to read."""
-    names = {BEST: f"best ({opening.best})", BASELINE: opening.against, DIFFERENCE: DIFFERENCE}
-    n = found[QUALITIES[0]].intervals[BEST].n
+    first = found[QUALITIES[0]]
+    names = {arm: its.said for arm, its in arms.items() if arm in first.intervals}
+    names |= {
+        its.difference(arm): its.difference(arm) for arm, its in arms.items() if its.difference(arm) in first.p_values
+    }
     lines, below = [], []
-    for arm, name in names.items():
-        intervals = [of.intervals[arm] for of in found.values()]
-        lines.append([name, *(f"{its.mean:.4f} ± {its.half_width:.4f}" for its in intervals)])
-    p_values = ["-" if of.p_value is None else short(of.p_value) for of in found.values()]
-    lines.append(["p, paired t-test", *p_values])
-    if "-" in p_values:
-        below.append(NO_SPREAD)
+    for name, said in names.items():
+        intervals = [of.intervals[name] for of in found.values()]
+        lines.append([said, *(f"{its.mean:.4f} ± {its.half_width:.4f}" for its in intervals)])
+    for name in first.p_values:
+        p_values = ["-" if of.p_values[name] is None else short(of.p_values[name]) for of in found.values()]
+        lines.append([f"p of {name}, paired t-test", *p_values])
+        if "-" in p_values and NO_SPREAD not in below:
+            below.append(NO_SPREAD)
     if opening.kind == "paper":
-        for arm, name in names.items():
-            lines.append([f"paper mode: {name}", *(f"{of.paper[arm]:.4f}" for of in found.values())])
+        for name, said in names.items():
+            lines.append([f"paper mode: {said}", *(f"{of.paper[name]:.4f}" for of in found.values())])
         below.append(PAPER_MODE)
-    if n < opening.seeds:
-        below.append(f"left out in both arms: {_failures(rows)}")
-    head = f"test classes, mean and 95 % t-interval over {n} seeds, the difference paired; opening {opening.number}"
+    if any(row.state != "COMPLETE" for row in rows):
+        below.append(f"left out in all arms: {_failures(rows)}")
+    (n,) = {its.n for its in first.intervals.values()}
+    head = f"test classes, mean and 95 % t-interval over {n} seeds, differences paired; opening {opening.number}"
     return ["", head, "", table(["", *found], lines), "", *below]
 
 

@@ -146,9 +146,9 @@ def run_study(
     Raises ConfigError, DataError, LedgerError, LeaseError or TrackerError, with nothing begun, for what can be known
     beforehand, and KeyboardInterrupt where it was interrupted, all states saved.
     """
-    dataset = prepare(study.config(), places.root)
+    dataset, *_ = [prepare(config, places.root) for config in study.configs().values()]
     storage = open_storage(places.ledger_url)
-    points = [*study.first_points(), *best_points(storage, warm_start, study.space)]
+    points = [*study.first_points(), *best_points(storage, warm_start, study.search_space)]
     with Lease(storage.engine, study.name, join) as lease:
         if fresh:
             put_aside(storage, study.name, places)
@@ -193,7 +193,7 @@ def open_ledgers(study: Study, storage: Storage, lease: Lease, floor: bool) -> d
     ledgers["search"] = Ledger(
         storage,
         study.name,
-        study.space,
+        study.search_space,
         lease,
         directions=directions,
         sampler=study.sampler,
@@ -208,6 +208,8 @@ def terms(study: Study, dataset: Dataset) -> dict[str, Any]:
     """What all trials of a study have in common; it makes them comparable, and it can be confirmed from this alone."""
     return {
         "settings": study.fixed(),
+        "arms": {arm: dict(settings) for arm, settings in study.arms.items()},
+        "rivals": dict(study.rivals),
         "baseline": dict(study.baseline) if study.baseline is not None else None,
         "goals": dict(study.goals),
         "folds": study.folds,

@@ -23,8 +23,8 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 
 from hdml_core.config import Setting
 from studies.machinery.lease import Lease
-from studies.machinery.records import FINISHED, GPU_SECONDS, SECONDS, Direction, State
-from studies.machinery.samplers import exhausted, make_pruner, make_sampler
+from studies.machinery.records import ARM, FINISHED, GPU_SECONDS, SECONDS, Direction, State
+from studies.machinery.samplers import RETRY_OF, counted, exhausted, make_pruner, make_sampler
 from studies.machinery.space import Space, active, contains, from_json, suggest, widens
 from studies.machinery.storage import LedgerError, Storage, first_line
 
@@ -36,7 +36,7 @@ OUTAGE = 3600.0
 # Notes of a study.
 TERMS, STUDY_ID, OPENINGS, PRICE = "terms", "id", "openings", "price_per_trial_hour"
 # Notes of a row.
-OWNER, ATTEMPTS, CRASHES, REASON, METRICS, SPENT, MLFLOW_RUN, CHECKPOINTS, RETRY_OF = (
+OWNER, ATTEMPTS, CRASHES, REASON, METRICS, SPENT, MLFLOW_RUN, CHECKPOINTS = (
     "owner",
     "attempts",
     "crashes",
@@ -45,12 +45,11 @@ OWNER, ATTEMPTS, CRASHES, REASON, METRICS, SPENT, MLFLOW_RUN, CHECKPOINTS, RETRY
     "spent",
     "mlflow_run",
     "checkpoints",
-    "retry_of",
 )
 EPOCHS = "epochs"
 """In SPENT beside the costs: how many epochs were told."""
 
-COMPARED = ("baseline", "goals", "limits", "folds", "seeds", "steps", "data")
+COMPARED = ("arms", "baseline", "goals", "limits", "folds", "seeds", "steps", "data")
 """Terms of a study, beside its settings and its space, that may not change once it was begun."""
 
 
@@ -263,6 +262,12 @@ class Ledger:
         """One trial."""
         return _row(self._trials()[number])
 
+    def is_done(self, trials: int) -> bool:
+        """Whether so many trials were begun and all have ended, or there is nothing left to begin."""
+        begun = self._counted()
+        full = len(begun) >= trials or exhausted(self._study.sampler, self._study)
+        return full and all(trial.state.is_finished() for trial in begun)
+
     def best(self) -> Row:
         """The finished trial with the best value; of several goals, the best by the first of the Pareto front.
 
@@ -279,6 +284,13 @@ class Ledger:
         """The COMPLETE trials within their limits, the best by the first goal first."""
         complete = [t for t in self._trials() if t.state == TrialState.COMPLETE and _within_limits(t)]
         return sorted(map(_row, complete), key=self._order)
+
+    def best_of_arms(self) -> dict[str, Row]:
+        """The finished trial with the best value of the first goal, of each arm that has one."""
+        best: dict[str, Row] = {}
+        for row in self.ranked():
+            best.setdefault(str(row.params[ARM]), row)
+        return best
 
     def _order(self, row: Row) -> tuple[float, int]:
         sign = -1 if self._study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
@@ -369,10 +381,8 @@ class Ledger:
         return [trial for trial in self._trials() if trial.state != TrialState.WAITING]
 
     def _counted(self) -> list[FrozenTrial]:
-        """The trials that count toward the budget: those that FAILed and are tried again do not."""
-        trials = self._trials()
-        retried = {trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs}
-        return [trial for trial in trials if trial.state != TrialState.WAITING and trial.number not in retried]
+        """The trials that count toward the budget and were begun."""
+        return [trial for trial in counted(self._trials()) if trial.state != TrialState.WAITING]
 
     @patient
     def _trials(self) -> list[FrozenTrial]:

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from studies.machinery.ledger import METRICS, PRICE, REASON, Ledger, Row, spent
 from studies.machinery.records import QUALITIES, TEST, VALIDATION, Kind, run_name, short, trial_id
-from studies.machinery.space import contains
 from studies.machinery.study import Study
 
 
@@ -47,10 +46,13 @@ def summary(study: Study, ledgers: Mapping[Kind, Ledger], tracking_uri: str, out
     named: dict[str, Row | None] = {
         kind: next(iter(ledgers[kind].rows()), None) for kind in ("floor", "baseline") if kind in ledgers
     }
-    if contains(study.space, study.published()):
-        named["published point"] = next((row for row in rows if row.params == study.published()), None)
     complete = bool(ledgers["search"].ranked())
-    named["best"] = ledgers["search"].best() if complete else None
+    if study.arms:
+        best = ledgers["search"].best_of_arms()
+        named |= {arm: best.get(arm) for arm in study.arms}
+    else:
+        named["published point"] = next((row for row in rows if row.params in study.published()), None)
+        named["best"] = ledgers["search"].best() if complete else None
     parts = [name.rpartition(".")[2] for name in study.space]
     lines = []
     for name, row in named.items():

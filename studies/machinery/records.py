@@ -28,6 +28,9 @@ Kind = str
 """What a trial is of: `search`, its `baseline`, the `floor` under both; or an opening of the sealed test classes, such
 as `confirm-1`, or `paper-2`, where they were looked at after every epoch, as published numbers mostly were."""
 
+ARM = "arm"
+"""Which of several variants side by side a trial is of: a parameter in the ledger, a tag in MLflow."""
+
 # Metrics are split/name.
 TRAIN = "train"
 HARDNESS = "hardness"
@@ -43,7 +46,8 @@ PEAK_MEMORY = "cost/peak_memory_mb"
 HELD_MEMORY = "cost/held_memory_mb"
 """What the worker held when it told the epoch; from one trial to the next it must not grow."""
 
-LOSSES = ("j_m", "j_syn", "j_metric", "j_recon", "j_soft", "j_gen", "j_class")
+LOSSES = ("j_m", "j_syn", "j_metric", "j_recon", "j_soft", "j_hard", "j_reg", "j_adv", "j_gen", "j_class")
+"""Of all methods; a report has those of its own."""
 HARDNESS_TRACE = ("j_avg", "j_gen_avg", "kept", "w_real", "lambda_0_mean", "pulled_share")
 QUALITIES = ("recall_at_1", "map_at_r", "nmi", "f1")
 """What tables show of a split, in their order."""
@@ -66,6 +70,8 @@ TAG_STATE = "state"
 TAG_REASON = "reason"
 TAG_COMMIT = "commit"
 TAG_DATA = "data_digest"
+TAG_IMAGE_SIDE = "image_side"
+"""Median of the shorter side of the images as they were found, in pixels."""
 TAG_RECIPE = "recipe"
 TAG_DEVICE = "device"
 TAG_HOST = "host"

@@ -344,6 +344,7 @@ def _terms(search: Ledger) -> list[tuple[str, str]]:
         ("data", f"{terms['settings']['data.name']}, digest {terms['data'][:12]}"),
         ("goals", ", ".join(f"{direction} {goal}" for goal, direction in terms["goals"].items())),
         ("parts", f"{terms['folds']} folds, {terms['seeds']} seeds"),
+        *([("arms", ", ".join(terms["arms"]))] if terms["arms"] else []),
         *(("space", f"{name} {_range(dimension)}") for name, dimension in space.items()),
     ]
 
@@ -354,7 +355,8 @@ def _range(dimension: Dimension) -> str:
 
 
 def _opened(opening: Opening) -> str:
-    compared = f", {opening.best} against {opening.against}, {opening.seeds} seeds" if opening.best else ""
+    rival = f" against {opening.against}" if opening.against else ""
+    compared = f", {opening.best}{rival}, {opening.seeds} seeds" if opening.best else ""
     over = f"over {opening.finished}" if opening.finished else "broken off or under way"
     return f"{opening.label} by {opening.by}{compared}: begun {opening.begun}, {over}"
 

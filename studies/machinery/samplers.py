@@ -6,7 +6,8 @@ that a process remembers. A search that was killed, even between two draws of on
 
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,8 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from scipy.stats import qmc
 
 from hdml_core.config import Setting
-from studies.machinery.space import Choice, Space, ends, quantile, suggest
+from studies.machinery.records import ARM
+from studies.machinery.space import Choice, Space, ends, is_active, of_arm, quantile, suggest
 
 STARTUP = 8
 """Trials drawn at random before a model of them says where to look."""
@@ -34,10 +36,14 @@ GRID_POINTS = 5
 
 ONE_GOAL = ("cmaes",)
 """Samplers that know neither several goals nor limits."""
+WHOLE = ("nsga2",)
+"""Samplers that keep a state of the study as a whole, and can't be had for each arm apart."""
 PARTS = ("wilcoxon",)
 """Pruners whose steps are the parts of a trial, its folds and seeds; those of the others are its epochs."""
 
 CELL = "grid:cell"
+RETRY_OF = "retry_of"
+"""Note of a row that another, which failed, is tried again in."""
 
 
 class Steady(BaseSampler):
@@ -178,6 +184,79 @@ class Sobol(RandomSampler):
         return self._point[param_name]
 
 
+class OneArm(Study):
+    """A study as it would be without the trials of its other arms."""
+
+    def __init__(self, study: Study, arm: str) -> None:
+        self.__dict__.update(study.__dict__)
+        self._arm = arm
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        return [trial for trial in super()._get_trials(deepcopy, states, use_cache) if arm_of(trial) == self._arm]
+
+
+class Arms(BaseSampler):
+    """As many trials for each arm, the arm drawn by a sampler that knows of no other."""
+
+    def __init__(self, make: Callable[[Space, int, int], BaseSampler], space: Space, seed: int, number: int) -> None:
+        self._make = make
+        self._space = space
+        self._entropy = (seed, number)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Settle which arm it is; return what that arm's sampler draws jointly."""
+        self._arm = arm_of(trial) or self._next_arm(study, trial)
+        self._of_arm = self._make(of_arm(self._space, self._arm), *self._entropy)
+        return self._of_arm.infer_relative_search_space(OneArm(study, self._arm), trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Draw jointly, as the arm's sampler does."""
+        return self._of_arm.sample_relative(OneArm(study, self._arm), trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Return the arm, or draw as the arm's sampler does."""
+        if param_name == ARM:
+            return self._arm
+        return self._of_arm.sample_independent(OneArm(study, self._arm), trial, param_name, param_distribution)
+
+    def _next_arm(self, study: Study, trial: FrozenTrial) -> str:
+        """The arm with the fewest trials, the first of several."""
+        arms = self._space[ARM]
+        assert isinstance(arms, Choice)
+        others = [other for other in counted(study.get_trials(deepcopy=False)) if other.number != trial.number]
+        taken = Counter(map(arm_of, others))
+        return str(min(arms.values, key=lambda arm: taken[str(arm)]))
+
+
+class WithinArm(BasePruner):
+    """A pruner that compares a trial with those of its own arm."""
+
+    def __init__(self, pruner: BasePruner) -> None:
+        self._pruner = pruner
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Whether the trial is given up."""
+        arm = arm_of(trial)
+        return self._pruner.prune(study if arm is None else OneArm(study, arm), trial)
+
+
+def arm_of(trial: FrozenTrial) -> str | None:
+    """The arm that a trial is of, or will be; None in a study without arms, or where it is not settled yet."""
+    return trial.params.get(ARM) or trial.system_attrs.get("fixed_params", {}).get(ARM)
+
+
+def counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that count toward a budget: those that FAILed and are tried again do not."""
+    retried = {trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs}
+    return [trial for trial in trials if trial.number not in retried]
+
+
 def wilcoxon() -> BasePruner:
     """Signed-rank test against the best trial over their parts; it gives up after four that are all worse."""
     with warnings.catch_warnings():
@@ -207,6 +286,8 @@ PRUNERS: Mapping[str, Callable[[int], BasePruner]] = {
 
 def make_sampler(name: str, space: Space, seed: int, number: int) -> BaseSampler:
     """What draws trial `number` of a study with this space and seed."""
+    if ARM in space and name != "grid":  # each cell of a grid is of an arm
+        return Arms(SAMPLERS[name], space, seed, number)
     return SAMPLERS[name](space, seed, number)
 
 
@@ -218,8 +299,8 @@ def exhausted(sampler: BaseSampler, study: Study) -> bool:
 
 
 def make_pruner(name: str, steps: int) -> BasePruner:
-    """What gives up trials that report `steps` times in all."""
-    return PRUNERS[name](steps)
+    """What gives up trials that report `steps` times in all, by what other trials of their arm reported."""
+    return WithinArm(PRUNERS[name](steps))
 
 
 def grid(space: Space) -> list[dict[str, Setting]]:
@@ -229,5 +310,5 @@ def grid(space: Space) -> list[dict[str, Setting]]:
         shares = (i / (GRID_POINTS - 1) for i in range(GRID_POINTS))
         values = dimension.values if isinstance(dimension, Choice) else [quantile(dimension, share) for share in shares]
         steps = [{name: value} for value in dict.fromkeys(values)]
-        cells = [cell | step for cell in cells for step in (steps if dimension.when.items() <= cell.items() else [{}])]
+        cells = [cell | step for cell in cells for step in (steps if is_active(dimension, cell) else [{}])]
     return cells

@@ -1,16 +1,21 @@
 """What a search may try of a setting, as plain declarations.
 
-A setting with a `when` is searched only where the choices named there, which stand before it, were drawn as it says.
+A setting with a `when` is searched only where the choices named there, which stand before it, were drawn as it says:
+as one value, or as any of several.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 from optuna.trial import BaseTrial
 
 from hdml_core.config import ConfigError, Setting, Settings
+from studies.machinery.records import ARM
+
+Conditions = Mapping[str, Setting | tuple[str, ...]]
+"""A value, or several of which one has to be, of each of some settings."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Uniform:
 
     low: float
     high: float
-    when: Settings = field(default_factory=dict)
+    when: Conditions = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_range(self)
@@ -31,7 +36,7 @@ class LogUniform:
 
     low: float
     high: float
-    when: Settings = field(default_factory=dict)
+    when: Conditions = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_range(self)
@@ -45,7 +50,7 @@ class Integer:
 
     low: int
     high: int
-    when: Settings = field(default_factory=dict)
+    when: Conditions = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_range(self)
@@ -56,7 +61,7 @@ class Choice:
     """One of some values without an order."""
 
     values: tuple[bool | int | float | str, ...]
-    when: Settings = field(default_factory=dict)
+    when: Conditions = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.values:
@@ -72,7 +77,9 @@ def check_space(space: Space) -> None:
     """Raise ConfigError where a `when` asks for what no search of the space meets."""
     earlier: dict[str, Dimension] = {}
     for name, dimension in space.items():
-        for condition, value in dimension.when.items():
+        for condition, value in (
+            (name, value) for name, values in dimension.when.items() for value in _several(values)
+        ):
             if condition not in earlier:
                 raise ConfigError(
                     f"{name} is searched when {condition} is {value!r}, which must be searched before it: "
@@ -90,7 +97,7 @@ def suggest(trial: BaseTrial, space: Space) -> dict[str, Setting]:
     """Draw every setting that is active in the space, or repeat what the trial has drawn before."""
     drawn: dict[str, Setting] = {}
     for name, dimension in space.items():
-        if not dimension.when.items() <= drawn.items():
+        if not is_active(dimension, drawn):
             continue
         match dimension:
             case Uniform(low, high):
@@ -104,6 +111,25 @@ def suggest(trial: BaseTrial, space: Space) -> dict[str, Setting]:
     return drawn
 
 
+def is_active(dimension: Dimension, drawn: Settings) -> bool:
+    """Whether the setting is searched, what was drawn before it being this."""
+    return all(name in drawn and drawn[name] in _several(values) for name, values in dimension.when.items())
+
+
+def met(dimension: Dimension) -> dict[str, Setting]:
+    """Values that meet the dimension's conditions, the first of several."""
+    return {name: _several(values)[0] for name, values in dimension.when.items()}
+
+
+def of_arm(space: Space, arm: str) -> Space:
+    """What is searched of one arm, as a space of its own."""
+    return {
+        name: replace(dimension, when={given: values for given, values in dimension.when.items() if given != ARM})
+        for name, dimension in space.items()
+        if name != ARM and (ARM not in dimension.when or arm in _several(dimension.when[ARM]))
+    }
+
+
 def ends(dimension: Dimension) -> tuple[Setting, ...]:
     """The values whose validity implies that of all others."""
     return dimension.values if isinstance(dimension, Choice) else (dimension.low, dimension.high)
@@ -113,7 +139,7 @@ def active(space: Space, point: Settings) -> dict[str, Setting]:
     """What of a point is searched: without the settings that are not in the space, or not active at the point."""
     searched: dict[str, Setting] = {}
     for name, dimension in space.items():
-        if name in point and dimension.when.items() <= searched.items():
+        if name in point and is_active(dimension, searched):
             searched[name] = point[name]
     return searched
 
@@ -124,7 +150,7 @@ def contains(space: Space, point: Settings) -> bool:
     return all(
         name in searched and _holds(dimension, searched[name])
         for name, dimension in space.items()
-        if dimension.when.items() <= searched.items()
+        if is_active(dimension, searched)
     )
 
 
@@ -160,6 +186,10 @@ def from_json(written: Mapping[str, Mapping[str, Any]]) -> dict[str, Dimension]:
         declared: dict[str, Any] = {key: value for key, value in fields.items() if key != "kind"}
         if of_kind is Choice:
             declared["values"] = tuple(declared["values"])
+        declared["when"] = {
+            condition: tuple(value) if isinstance(value, list) else value
+            for condition, value in declared["when"].items()
+        }
         space[name] = of_kind(**declared)
     return space
 
@@ -172,6 +202,10 @@ def _holds(dimension: Dimension, value: Setting) -> bool:
             return isinstance(value, int) and low <= value <= high
         case _:
             return isinstance(value, int | float) and dimension.low <= value <= dimension.high
+
+
+def _several(values: Setting | tuple[str, ...]) -> tuple[Setting, ...]:
+    return values if isinstance(values, tuple) else (values,)
 
 
 def _widens(new: Dimension, old: Dimension) -> bool:

@@ -10,23 +10,24 @@ from hdml_core.config import (
     ConfigError,
     Setting,
     Settings,
+    idle,
     recipe_config,
     to_settings,
     with_settings,
 )
-from studies.machinery.records import GOALS, VALIDATED, Direction
-from studies.machinery.samplers import ONE_GOAL, PARTS
-from studies.machinery.space import Space, active, check_space, contains, ends
+from studies.machinery.records import ARM, GOALS, VALIDATED, Direction
+from studies.machinery.samplers import ONE_GOAL, PARTS, WHOLE
+from studies.machinery.space import Choice, Dimension, Space, active, check_space, contains, ends, met
 
 Sampler = Literal["tpe", "gp", "cmaes", "nsga2", "random", "grid", "qmc"]
 Pruner = Literal["median", "halving", "hyperband", "wilcoxon", "none"]
 
 COUNTS = ("trials", "folds", "seeds", "parallel", "cpus_per_trial", "max_attempts")
 AMOUNTS = ("hours", "gpu_hours", "max_cost", "gpus_per_trial", "hang_minutes", "disk_gb")
-SETTABLE = (*COUNTS, *AMOUNTS, "node_price", "sampler", "pruner", "seed", "failures_allowed")
+SETTABLE = (*COUNTS, *AMOUNTS, "test_seeds", "node_price", "sampler", "pruner", "seed", "failures_allowed")
 """Fields that a command line may set, as study.NAME=VALUE."""
 
-TINY_TRIALS = 4
+TINY_TRIALS, TINY_TEST_SEEDS = 4, 2
 TINY: Settings = {
     "data.name": "glyphs",
     "data.batch_size": 24,
@@ -48,6 +49,11 @@ class Study:
     space: Space
     base: Settings = field(default_factory=dict)
     """What every trial has; the recipe gives the rest."""
+    arms: Mapping[str, Settings] = field(default_factory=dict)
+    """Variants of the base that stand side by side, such as the methods of a table. All have as many trials, each is
+    searched as if it were alone, and only over those settings of the space that it reads."""
+    rivals: Mapping[str, str] = field(default_factory=dict)
+    """Which arm an arm is compared with, paired by seed."""
     baseline: Settings | None = None
     """What to change of the base for the row that the search is to beat."""
     points: Sequence[Settings] = ()
@@ -63,6 +69,11 @@ class Study:
     seeds: int = 1
     """How often on each fold, from `seed` upwards. The score is the mean over folds and seeds."""
     trials: int = 24
+    """In all; of several arms, as many times their number as each is to have."""
+    test_seeds: int = 0
+    """With so many fresh seeds the study's last act is to open the test classes; 0 leaves that to `confirm`."""
+    paper_mode: bool = False
+    """Whether the test classes choose an epoch then, beside the honest number."""
     hours: float = math.inf
     """After so many hours no trial is begun; those that run then end as they would."""
     gpu_hours: float = math.inf
@@ -95,9 +106,27 @@ class Study:
             *((name, getattr(self, name), "> 0", getattr(self, name) > 0) for name in AMOUNTS),
             ("node_price", self.node_price, ">= 0", self.node_price >= 0),
             ("node_price", self.node_price, "> 0 under a max_cost", self.node_price > 0 or self.max_cost == math.inf),
+            (
+                "test_seeds",
+                self.test_seeds,
+                "0 or >= 2, for an interval needs two",
+                self.test_seeds == 0 or self.test_seeds >= 2,
+            ),
+            *(
+                ("rivals", name, f"of {', '.join(self.arms)}", name in self.arms)
+                for pair in self.rivals.items()
+                for name in pair
+            ),
             *(("goals", name, f"of {', '.join(GOALS)}", name in GOALS) for name in (*self.goals, *self.limits)),
             ("goals", [*self.goals], f"one of {', '.join(VALIDATED)} first", self.goal in VALIDATED),
             ("sampler", self.sampler, "another for several goals or limits", simple or self.sampler not in ONE_GOAL),
+            ("sampler", self.sampler, "another for several arms", not self.arms or self.sampler not in WHOLE),
+            (
+                "baseline",
+                self.baseline,
+                "None beside arms: make it one of them",
+                not self.arms or self.baseline is None,
+            ),
             ("seed", self.seed, ">= 0", self.seed >= 0),
         ):
             if not holds:
@@ -109,9 +138,12 @@ class Study:
             rule = f"at most data.folds = {config.data.folds}"
             raise ConfigError(f"folds of study {self.name!r} must be {rule}, got {self.folds}")
         check_space(self.space)
-        for name, dimension in self.space.items():
-            for end in ends(dimension):
-                with_settings(config, {**dimension.when, name: end})
+        for arm, of_arm in self.configs().items():
+            if of_arm.data.name != config.data.name:
+                raise ConfigError(f"data.name of arm {arm!r} must be {config.data.name!r}, got {of_arm.data.name!r}")
+            for name, dimension in self.space.items():
+                for end in ends(dimension):
+                    with_settings(of_arm, {**met(dimension), name: end})
         if self.baseline is not None:
             with_settings(config, self.baseline)
 
@@ -120,9 +152,28 @@ class Study:
         """Whether what the pruner looks at are a trial's folds and seeds, and not its epochs."""
         return self.pruner in PARTS
 
+    @property
+    def search_space(self) -> Space:
+        """What a trial draws: its arm, where there are several, and then what of the space that arm reads."""
+        if not self.arms:
+            return self.space
+        searched: dict[str, Dimension] = {ARM: Choice(tuple(self.arms))}
+        unread = {arm: idle(config) for arm, config in self.configs().items()}
+        for name, dimension in self.space.items():
+            readers = tuple(arm for arm in self.arms if name not in unread[arm])
+            if readers:
+                searched[name] = replace(dimension, when={ARM: readers, **dimension.when})
+        return searched
+
     def config(self, params: Settings | None = None) -> Config:
-        """The run that the base describes, with a trial's parameters where given."""
-        return with_settings(recipe_config(self.base), params or {})
+        """The run that the base describes, with a trial's parameters, its arm among them, where given."""
+        drawn = dict(params or {})
+        arm = drawn.pop(ARM, None)
+        return with_settings(recipe_config({**self.base, **(self.arms[str(arm)] if arm is not None else {})}), drawn)
+
+    def configs(self) -> dict[str, Config]:
+        """The base's run of each arm; without arms there is one, of no name."""
+        return {arm: self.config({ARM: arm}) for arm in self.arms} or {"": self.config()}
 
     def baseline_config(self) -> Config:
         """The run that the search is to beat."""
@@ -142,22 +193,23 @@ class Study:
         """The first goal."""
         return next(iter(self.goals), "")
 
-    def published(self) -> dict[str, Setting]:
-        """The base's own point of the space: what recipe, data set and loss were published with."""
-        return active(self.space, to_settings(self.config()))
+    def published(self) -> list[Settings]:
+        """The base's own point of the space, of each arm: what recipe, data set and loss were published with."""
+        points = [{ARM: arm, **to_settings(config)} for arm, config in self.configs().items()]
+        return [active(self.search_space, point) for point in points if contains(self.search_space, point)]
 
     def first_points(self) -> list[Settings]:
         """The points to try first, those that the space has."""
-        points = [self.published(), *(active(self.space, point) for point in self.points)]
-        return [point for point in points if contains(self.space, point)]
+        others = [active(self.search_space, point) for point in self.points]
+        return [*self.published(), *(point for point in others if contains(self.search_space, point))]
 
     def fixed(self) -> dict[str, Any]:
         """Every setting that is the same in all trials, in plain types, to be written down and compared."""
-        settings = to_settings(self.config())
+        first, *others = map(to_settings, self.configs().values())
         return {
             name: list(value) if isinstance(value, tuple) else value
-            for name, value in settings.items()
-            if name not in self.space
+            for name, value in first.items()
+            if name not in self.space and all(other[name] == value for other in others)
         }
 
 
@@ -195,9 +247,11 @@ def variant(
     `changes` are of the study's own fields. Raises ConfigError for a setting that is unknown, out of range or searched.
     """
     overrides = overrides or {}
-    searched = [setting for setting in overrides if setting in study.space]
-    if searched:
-        raise ConfigError(f"{searched[0]} is what study {study.name!r} searches: --set can't fix it")
+    for setting in overrides:
+        if setting in study.space:
+            raise ConfigError(f"{setting} is what study {study.name!r} searches: --set can't fix it")
+        if study.arms and all(setting in settings for settings in study.arms.values()):
+            raise ConfigError(f"{setting} is what the arms of study {study.name!r} differ in: --set can't fix it")
     if tiny and dataset not in (None, "glyphs"):
         raise ConfigError(f"--tiny is a toy size of glyphs: leave out --dataset {dataset}, or --tiny")
     base: dict[str, Setting] = {**study.base, **(TINY if tiny else {})}
@@ -205,7 +259,9 @@ def variant(
         base["data.name"] = dataset
     base |= overrides
     data_name = recipe_config(base).data.name
-    default_name = study.name + ("" if data_name == "glyphs" else f"-{data_name}") + ("-tiny" if tiny else "")
+    own = "glyphs" if tiny else study.config().data.name
+    default_name = study.name + ("" if data_name == own else f"-{data_name}") + ("-tiny" if tiny else "")
     if tiny:
-        changes = {"trials": TINY_TRIALS, **changes}
+        seeds = {"test_seeds": TINY_TEST_SEEDS} if study.test_seeds else {}
+        changes = {"trials": max(TINY_TRIALS, len(study.arms)), "folds": 1, "seeds": 1, **seeds, **changes}
     return replace(study, name=name or default_name, base=base, **changes)

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from hdml_core import checkpoint
 from hdml_core.config import Config, with_settings
-from hdml_core.datasets import LabelledSet, validation_fold
+from hdml_core.datasets import Dataset, LabelledSet, validation_fold
 from hdml_core.frozen import open_data
 from hdml_core.notation import EpochReport, RetrievalReport
 from hdml_core.retrieval import evaluate_retrieval
@@ -101,7 +101,7 @@ def validated(job: Job, tell: Tell) -> None:
     done = Done()
     for part, changes in enumerate(job.parts):
         config = with_settings(job.config, changes)
-        dataset = open_data(config, job.root, _device(job))
+        dataset = _data(config, job)
         train, validation = validation_fold(dataset.train, config.data.folds, config.data.fold)
         run = new_run(config, train, _device(job))
 
@@ -115,7 +115,7 @@ def validated(job: Job, tell: Tell) -> None:
 def sealed(job: Job, tell: Tell) -> None:
     """Train on all training classes, and look at the test classes once, at the end."""
     config = job.config
-    dataset = open_data(config, job.root, _device(job))
+    dataset = _data(config, job)
     run = new_run(config, dataset.train, _device(job))
 
     def qualities(report: EpochReport) -> dict[str, float]:
@@ -131,7 +131,7 @@ def as_published(job: Job, tell: Tell) -> None:
     The same training gives the honest number too, that of its last epoch.
     """
     config = job.config
-    dataset = open_data(config, job.root, _device(job))
+    dataset = _data(config, job)
     run = new_run(config, dataset.train, _device(job))
 
     def qualities(report: EpochReport) -> dict[str, float]:
@@ -148,7 +148,7 @@ def floor(job: Job, tell: Tell) -> None:
     reached = []
     for changes in job.parts:
         config = with_settings(job.config, changes)
-        dataset = open_data(config, job.root, _device(job))
+        dataset = _data(config, job)
         _, validation = validation_fold(dataset.train, config.data.folds, config.data.fold)
         reached.append(retrieval_metrics(VALIDATION, _of_features(config, validation, _device(job))))
     found = _means(reached)
@@ -267,6 +267,11 @@ def _costs(job: Job, seconds: float) -> dict[str, float]:
         PEAK_MEMORY: peak,
         HELD_MEMORY: gpu_held if job.gpus > 0 else held,
     }
+
+
+def _data(config: Config, job: Job) -> Dataset:
+    dataset = open_data(config, job.root, _device(job))
+    return replace(dataset, train=dataset.train.on(_device(job))) if config.data.resident else dataset
 
 
 def _device(job: Job) -> torch.device:

@@ -11,7 +11,7 @@ from scipy import stats
 from hdml_core.config import ConfigError
 from studies.machinery import audit, confirm
 from studies.machinery.audit import code_digest, floor_opened, new_opening, opened, openings
-from studies.machinery.confirm import Asked, compare, confirm_study, interval
+from studies.machinery.confirm import Arm, Asked, close_study, compare, confirm_study, interval
 from studies.machinery.driver import Places, Resources, terms
 from studies.machinery.lease import Lease, LeaseError
 from studies.machinery.ledger import METRICS, REASON, TERMS, Ledger, Row
@@ -22,7 +22,7 @@ from studies.machinery.study import Study
 from tests.conftest import ROOT
 
 SPACE = {"hdml.alpha": LogUniform(0.1, 300.0)}
-STUDY = Study("study", "Why?", SPACE, baseline={"hdml.enabled": False})
+STUDY = Study("study", "Why?", SPACE, baseline={"synthesis": "none"})
 DATA = SimpleNamespace(digest="0")
 
 
@@ -30,6 +30,9 @@ def row(number, arm, seed, value, state="COMPLETE", reason=""):
     metrics = {f"{split}/{quality}": value for quality in QUALITIES for split in ("test", "paper")}
     notes = {METRICS: metrics} if state == "COMPLETE" else {REASON: reason}
     return Row(number, {"arm": arm, "seed": seed}, state, (value,), {}, notes, datetime.now())
+
+
+TWO = {"best": Arm(None, "best (0001)", "baseline"), "baseline": Arm(None, "baseline")}
 
 
 def both_arms(best, baseline):
@@ -50,24 +53,25 @@ def test_the_interval_is_students():
 
 def test_differences_are_paired_by_seed():
     best, baseline = [0.5, 0.6, 0.8], [0.4, 0.52, 0.69]
-    found = compare(both_arms(best, baseline))["map_at_r"]
+    found = compare(both_arms(best, baseline), TWO)["map_at_r"]
     assert found.intervals["best"].mean == pytest.approx(sum(best) / 3)
     assert found.intervals["best"].half_width > 0.1
     difference = found.intervals["difference"]
     assert difference.mean == pytest.approx(0.29 / 3)
     assert difference.half_width < 0.05
-    assert found.p_value == pytest.approx(stats.ttest_1samp([0.1, 0.08, 0.11], 0.0).pvalue)
+    p_value = found.p_values["difference"]
+    assert p_value == pytest.approx(stats.ttest_1samp([0.1, 0.08, 0.11], 0.0).pvalue)
     # The test and the interval say the same.
-    assert (found.p_value < 0.05) == (difference.mean > difference.half_width)
+    assert (p_value < 0.05) == (difference.mean > difference.half_width)
 
 
 @pytest.mark.parametrize("ahead", [0.0, 0.1])
 def test_differences_that_are_all_equal_leave_no_test(ahead):
     baseline = [0.4, 0.5, 0.7]
-    found = compare(both_arms([value + ahead for value in baseline], baseline))
-    assert {of.p_value for of in found.values()} == {None}
+    found = compare(both_arms([value + ahead for value in baseline], baseline), TWO)
+    assert [of.p_values for of in found.values()] == [{"difference": None}] * len(found)
     assert found["nmi"].intervals["difference"].half_width == pytest.approx(0.0, abs=1e-9)
-    said = "\n".join(confirm._said(opening(), found, []))
+    said = "\n".join(confirm._said(opening(), TWO, found, []))
     assert "nan" not in said
     assert confirm.NO_SPREAD in said
 
@@ -75,12 +79,12 @@ def test_differences_that_are_all_equal_leave_no_test(ahead):
 def test_a_seed_counts_only_in_both_arms():
     failed = row(9, "baseline", 2, None, "FAIL", "NonFiniteLossError: j_m is nan")
     rows = [*both_arms([0.5, 0.6], [0.4, 0.55]), row(8, "best", 2, 0.9), failed]
-    found = compare(rows)
+    found = compare(rows, TWO)
     assert found["nmi"].intervals["best"] == interval([0.5, 0.6])
-    said = confirm._said(opening(seeds=3), found, rows)
-    assert said[-1] == "left out in both arms: confirm 0009 arm=baseline seed=2: NonFiniteLossError: j_m is nan"
+    said = confirm._said(opening(seeds=3), TWO, found, rows)
+    assert said[-1] == "left out in all arms: confirm 0009 arm=baseline seed=2: NonFiniteLossError: j_m is nan"
     with pytest.raises(LedgerError, match=r"two seeds or more .* got 1: confirm 0009 .*: NonFinite.*--again"):
-        compare([rows[0], rows[2], rows[-2], failed])
+        compare([rows[0], rows[2], rows[-2], failed], TWO)
 
 
 # The seal ---------------------------------------------------------------------------------------------------------
@@ -155,19 +159,26 @@ def trained(monkeypatch):
 def test_the_best_and_its_baseline_train_side_by_side_with_fresh_seeds(places, ledger, trained):
     said = confirm_study("study", places, Asked(seeds=3))
     best = ledger.best()
-    alphas = [job.settings["hdml.alpha"] for job in trained.jobs if job.settings["hdml.enabled"]]
+    alphas = [job.settings["hdml.alpha"] for job in trained.jobs if job.settings["synthesis"] == "hdml"]
     assert alphas == [best.params["hdml.alpha"]] * 3
     assert [job.settings["seed"] for job in trained.jobs] == [11000, 11000, 11001, 11001, 11002, 11002]
     assert {job.kind for job in trained.jobs} == {"confirm-1"}
-    for part in ("best (0001)", "baseline", "difference", "p, paired t-test", "over 3 seeds", "opening 1"):
+    for part in (
+        "best (0001)",
+        "baseline",
+        "difference",
+        "p of difference, paired t-test",
+        "over 3 seeds",
+        "opening 1",
+    ):
         assert part in said
     written = json.loads((places.out / "study" / "confirm.json").read_text())
     assert set(written["results"]["recall_at_1"]) == {"best", "baseline", "difference"}
-    assert 0 < written["p_values"]["recall_at_1"] < 1
+    assert 0 < written["p_values"]["recall_at_1"]["difference"] < 1
     tags, metrics = trained.recorder.notes["confirm-1"]
     assert tags["frozen"] == written["frozen"]
     assert metrics["test/nmi_best"] == written["results"]["nmi"]["best"]["mean"]
-    assert metrics["test/nmi_p_value"] == written["p_values"]["nmi"]
+    assert metrics["test/nmi_difference_p_value"] == written["p_values"]["nmi"]["difference"]
 
 
 def test_the_test_classes_are_opened_once(places, ledger, trained):
@@ -186,7 +197,7 @@ def test_every_opening_leaves_its_row_before_anything_is_looked_at(places, ledge
     with pytest.raises(KeyboardInterrupt):
         confirm_study("study", places, Asked(seeds=2))
     (left,) = openings(ledger)
-    assert (left.number, left.kind, left.best, left.against, left.seeds) == (1, "confirm", "0001", "baseline", 2)
+    assert (left.number, left.kind, left.best, left.against, left.seeds) == (1, "confirm", "best (0001)", "baseline", 2)
     assert left.finished is None
     assert left.code == code_digest(ROOT)
     assert "@" in left.by
@@ -237,7 +248,7 @@ def test_paper_mode_is_labelled_everywhere_and_stands_beside_the_honest_number(p
         "best (0001)",
         "baseline",
         "difference",
-        "p, paired t-test",
+        "p of difference, paired t-test",
         "paper mode: best (0001)",
         "paper mode: baseline",
         "paper mode: difference",
@@ -260,6 +271,102 @@ def test_paper_mode_is_labelled_everywhere_and_stands_beside_the_honest_number(p
 def test_without_paper_mode_there_is_no_word_of_it(places, ledger, trained):
     assert "paper mode" not in confirm_study("study", places, Asked(seeds=2))
     assert "paper_mode" not in (places.out / "study" / "confirm.json").read_text()
+
+
+# Several arms -----------------------------------------------------------------------------------------------------
+
+ARMS = Study(
+    "arms",
+    "Which?",
+    SPACE,
+    arms={
+        "plain": {"synthesis": "none"},
+        "hdml": {},
+        "daml": {"synthesis": "daml"},
+    },
+    rivals={"hdml": "plain", "daml": "plain"},
+    trials=6,
+    test_seeds=3,
+)
+
+
+def searched_arms(places, trials=6, failing=()):
+    """The ledger of a study of three arms whose later trials are the better ones; some arms never succeed."""
+    storage = open_storage(places.ledger_url)
+    (places.out / "arms").mkdir(exist_ok=True)
+    with Lease(storage.engine, "arms") as lease:
+        ledger = Ledger(storage, "arms", ARMS.search_space, lease)
+        ledger.settle(terms(ARMS, DATA), ARMS.space)
+        while (row := ledger.next(trials)) is not None:
+            failed = row.params["arm"] in failing
+            ledger.end(row.number, *(("FAIL",) if failed else ("COMPLETE", [0.1 * row.number])))
+    return ledger
+
+
+def test_the_best_trial_of_each_arm_is_opened_and_compared_with_its_rival(places, trained):
+    ledger = searched_arms(places)
+    said = confirm_study("arms", places, Asked(seeds=3))
+    best = ledger.best_of_arms()
+    assert {arm: row.number for arm, row in best.items()} == {"plain": 3, "hdml": 4, "daml": 5}
+    assert [job.settings["synthesis"] for job in trained.jobs] == ["none", "hdml", "daml"] * 3
+    assert [job.settings["seed"] for job in trained.jobs] == [11000] * 3 + [11001] * 3 + [11002] * 3
+    assert {job.settings["hdml.alpha"] for job in trained.jobs[1::3]} == {best["hdml"].params["hdml.alpha"]}
+    for part in ("plain (0003)", "hdml (0004)", "daml (0005)", "hdml-plain", "p of daml-plain", "over 3 seeds"):
+        assert part in said
+    (row,) = openings(ledger)
+    assert (row.best, row.against) == ("plain (0003), hdml (0004), daml (0005)", "")
+    written = json.loads((places.out / "arms" / "confirm.json").read_text())
+    assert list(written["results"]["nmi"]) == ["plain", "hdml", "daml", "hdml-plain", "daml-plain"]
+    assert trained.recorder.notes["confirm-1"][1]["test/nmi_hdml-plain_p_value"] > 0
+
+
+def test_an_arm_of_which_no_trial_ended_is_left_out(places, trained):
+    searched_arms(places, failing=("plain",))
+    said = confirm_study("arms", places, Asked(seeds=2))
+    assert "plain" not in said
+    assert len(trained.jobs) == 4
+
+
+def test_seeds_count_that_ended_in_every_arm_and_arms_of_which_two_did():
+    arms = {"a": Arm(None, "a"), "b": Arm(None, "b", "a"), "c": Arm(None, "c", "a")}
+    rows = [row(i, arm, i // 3, 0.1 * i) for i, arm in enumerate("abc" * 3)]
+    rows[2] = rows[2]._replace(state="FAIL")  # c has two seeds left
+    found = compare(rows, arms)["nmi"]
+    assert {of.n for of in found.intervals.values()} == {2}
+    assert found.intervals["b-a"].mean == pytest.approx(0.1)
+    rows[5] = rows[5]._replace(state="FAIL")  # and now one
+    found = compare(rows, arms)["nmi"]
+    assert set(found.intervals) == {"a", "b", "b-a"}
+    assert {of.n for of in found.intervals.values()} == {3}
+
+
+def test_several_arms_have_their_rivals_among_themselves(places, ledger, trained):
+    searched_arms(places)
+    with pytest.raises(ConfigError, match="--against must be left out for a study of several arms, got 'study'"):
+        confirm_study("arms", places, Asked(against="study"))
+
+
+def test_a_study_may_end_by_opening_its_test_classes_once(places, trained):
+    ledger = searched_arms(places, trials=5)
+    assert close_study(ARMS, ledger, places).startswith("the test classes stay closed until all trials have ended")
+    assert not trained.jobs
+    ledger = searched_arms(places)
+    first = close_study(ARMS, ledger, places)
+    assert len(trained.jobs) == 9
+    again = close_study(ARMS, ledger, places)
+    assert len(trained.jobs) == 9
+    assert again in first
+    assert {opening.label for opening in openings(ledger)} == {"confirm-1"}
+
+
+def test_such_an_end_that_was_broken_off_goes_on(places, trained):
+    ledger = searched_arms(places)
+    trained.interrupted_at.add(4)
+    with pytest.raises(KeyboardInterrupt):
+        close_study(dataclasses.replace(ARMS, paper_mode=True), ledger, places)
+    close_study(dataclasses.replace(ARMS, paper_mode=True), ledger, places)
+    assert [job.number for job in trained.jobs] == [0, 1, 2, 3, 3, 4, 5, 6, 7, 8]
+    assert {opening.label for opening in openings(ledger)} == {"paper-1"}
 
 
 # At the door ------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from studies.machinery.study import Study
 STUDY = Study(
     "study",
     "Why?",
-    {"hdml.enabled": Choice((True, False)), "hdml.alpha": LogUniform(0.1, 300.0, when={"hdml.enabled": True})},
-    baseline={"hdml.enabled": False},
+    {"synthesis": Choice(("none", "hdml")), "hdml.alpha": LogUniform(0.1, 300.0, when={"synthesis": "hdml"})},
+    baseline={"synthesis": "none"},
     goals={"validation/recall_at_1": "maximize", "cost/gpu_seconds": "minimize"},
     trials=3,
 )
@@ -31,9 +31,9 @@ def said(begin, tmp_path):
     directions = list(STUDY.goals.values())
     search = begin("study", STUDY.space, directions=directions)
     search.note(PRICE, 3.6)
-    tried(search, {"hdml.enabled": True, "hdml.alpha": 90.0}, 0.50, 900.0)
-    tried(search, {"hdml.enabled": False}, 0.45, 450.0)
-    tried(search, {"hdml.enabled": True, "hdml.alpha": 1.0}, 0.40, 900.0)
+    tried(search, {"synthesis": "hdml", "hdml.alpha": 90.0}, 0.50, 900.0)
+    tried(search, {"synthesis": "none"}, 0.45, 450.0)
+    tried(search, {"synthesis": "hdml", "hdml.alpha": 1.0}, 0.40, 900.0)
     baseline = begin("study.baseline", {}, directions=directions)
     tried(baseline, {}, 0.40, 450.0)
     return summary(STUDY, {"baseline": baseline, "search": begin("study", STUDY.space)}, "http://host", tmp_path)
@@ -42,7 +42,7 @@ def said(begin, tmp_path):
 def test_settings_that_a_trial_does_not_have_stay_empty(said):
     lines = {line[:16].rstrip(): line[16:].split() for line in said.split("\n")}
     assert lines["baseline"] == [*["0.4000"] * 4, "COMPLETE"]
-    assert lines["best"] == lines["published point"] == ["0000", "True", "90", *["0.5000"] * 4, "COMPLETE"]
+    assert lines["best"] == lines["published point"] == ["0000", "hdml", "90", *["0.5000"] * 4, "COMPLETE"]
 
 
 def test_of_several_goals_the_front_is_named(said):

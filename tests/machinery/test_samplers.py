@@ -20,6 +20,11 @@ SPACE = {
     "size": Integer(1, 8),
     "weight": LogUniform(1e-3, 1.0, when={"loss": "npair"}),
 }
+ARMS = {
+    "arm": Choice(("up", "down", "still")),
+    "x": Uniform(0.0, 1.0, when={"arm": ("up", "down")}),
+    "y": Uniform(0.0, 1.0, when={"arm": ("up",)}),
+}
 LINE = {"x": Uniform(0.0, 1.0), "y": Uniform(0.0, 1.0)}
 LEARNERS = {"tpe": 60, "gp": 18, "nsga2": 80}
 """Samplers that know several goals and limits and learn from them, and in how many trials that is seen."""
@@ -48,33 +53,111 @@ def search(sampler, space, trials, value, directions=("maximize",), excess=None)
     return study
 
 
+def draw(path, sampler, space, trials, killed):
+    """The points of a search; if `killed`, of one whose driver is killed in every trial."""
+
+    def open_study():
+        return optuna.create_study(storage=open_storage(f"sqlite:///{path}"), study_name="s", load_if_exists=True)
+
+    points = []
+    study = open_study()
+    first = {"alpha": 90.0, "loss": "npair", "size": 3, "weight": 0.1, "arm": "up", "x": 0.5}
+    study.enqueue_trial({name: first[name] for name in first if name in space})
+    for number in range(trials):
+        study.sampler = make_sampler(sampler, space, 3, number)
+        trial = study.ask()
+        if killed:  # when this many of its settings were drawn
+            suggest(trial, dict(islice(space.items(), (number + 1) % len(space))))
+            study = open_study()
+            [left] = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            study.sampler = make_sampler(sampler, space, 3, left.number)
+            trial = optuna.Trial(study, left._trial_id)
+        points.append(suggest(trial, space))
+        study.tell(trial, points[-1]["alpha"] / points[-1]["size"])
+    return points
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_search_killed_in_every_trial_draws_what_it_would_have_drawn(tmp_path, sampler):
-    def draw(path, killed):
-        def open_study():
-            return optuna.create_study(storage=open_storage(f"sqlite:///{path}"), study_name="s", load_if_exists=True)
-
-        points = []
-        study = open_study()
-        study.enqueue_trial({"alpha": 90.0, "loss": "npair", "size": 3, "weight": 0.1})
-        for number in range(20 if sampler == "nsga2" else 12):  # its second generation begins at 16
-            study.sampler = make_sampler(sampler, SPACE, 3, number)
-            trial = study.ask()
-            if killed:  # when this many of its settings were drawn
-                suggest(trial, dict(islice(SPACE.items(), (number + 1) % len(SPACE))))
-                study = open_study()
-                [left] = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-                study.sampler = make_sampler(sampler, SPACE, 3, left.number)
-                trial = optuna.Trial(study, left._trial_id)
-            points.append(suggest(trial, SPACE))
-            study.tell(trial, points[-1]["alpha"] / points[-1]["size"])
-        return points
-
-    points = draw(tmp_path / "a.db", killed=False)
-    assert draw(tmp_path / "b.db", killed=True) == points
+    trials = 20 if sampler == "nsga2" else 12  # its second generation begins at 16
+    points = draw(tmp_path / "a.db", sampler, SPACE, trials, killed=False)
+    assert draw(tmp_path / "b.db", sampler, SPACE, trials, killed=True) == points
     assert all(contains(SPACE, point) for point in points)
     assert {point["loss"] for point in points} == {"triplet", "npair"}
     assert len({str(point) for point in points}) == len(points)
+
+
+APART = [name for name in SAMPLERS if name not in samplers.WHOLE]
+
+
+def test_an_arm_is_drawn_as_if_it_were_alone():
+    """Its own trials are what a search of its own space would have drawn, whatever the other arms reach."""
+
+    def value(drawn):
+        return drawn["x"] if drawn["arm"] == "up" else 9 - drawn.get("x", 0.0)
+
+    study = search("tpe", ARMS, 36, value)
+    by_arm = [[trial.params for trial in study.trials if trial.params["arm"] == arm] for arm in ARMS["arm"].values]
+    assert [len(trials) for trials in by_arm] == [12, 12, 12]
+    up, down, still = by_arm
+    assert {frozenset(params) for params in up} == {frozenset({"arm", "x", "y"})}
+    assert {frozenset(params) for params in still} == {frozenset({"arm"})}
+    # They have learnt opposite things of x, which one sampler for both could not.
+    assert sum(params["x"] for params in up[9:]) / 3 > 0.6
+    assert sum(params["x"] for params in down[9:]) / 3 < 0.4
+
+
+@pytest.mark.parametrize("sampler", APART)
+def test_arms_take_turns_whatever_becomes_of_their_trials(sampler):
+    study = optuna.create_study()
+    study.enqueue_trial({"arm": "still"})
+    arms = []
+    for number in range(7):
+        if sampler == "grid" and exhausted(make_sampler(sampler, ARMS, 0, number), study):
+            break
+        trial = ask(study, sampler, ARMS)
+        arms.append(suggest(trial, ARMS)["arm"])
+        study.tell(trial, state=TrialState.FAIL) if number % 2 else study.tell(trial, 1.0)
+    if sampler == "grid":
+        assert arms.count("still") == 1
+    else:
+        assert arms == ["still", "up", "down", "up", "down", "still", "up"]
+
+
+def test_a_trial_that_is_tried_again_counts_once_for_its_arm():
+    study = optuna.create_study()
+    for again in (False, True):
+        if again:
+            study.enqueue_trial({"arm": "up", "x": 0.5, "y": 0.5}, user_attrs={samplers.RETRY_OF: 0})
+        trial = ask(study, "random", ARMS)
+        assert suggest(trial, ARMS)["arm"] == "up"
+        study.tell(trial, state=TrialState.FAIL)
+    assert suggest(ask(study, "random", ARMS), ARMS)["arm"] == "down"
+
+
+def test_a_trial_is_given_up_by_what_its_own_arm_reached():
+    study = optuna.create_study(direction="maximize", pruner=make_pruner("median", 9))
+
+    def run(arm, heights):
+        study.enqueue_trial({"arm": arm})
+        trial = ask(study, "random", ARMS)
+        suggest(trial, {"arm": ARMS["arm"]})
+        for step, height in enumerate(heights):
+            trial.report(height, step)
+        return trial
+
+    for arm, height in [("up", 1.0), ("still", 0.1)] * 5:
+        study.tell(run(arm, [height] * 4), height)
+    assert not run("still", [0.2] * 4).should_prune()
+    assert run("up", [0.2] * 4).should_prune()
+
+
+@pytest.mark.parametrize("sampler", APART)
+def test_a_search_of_arms_killed_in_every_trial_draws_what_it_would_have_drawn(tmp_path, sampler):
+    space = {"arm": Choice(("up", "down")), **SPACE, "x": Uniform(0.0, 1.0, when={"arm": ("up",)})}
+    points = draw(tmp_path / "a.db", sampler, space, 16, killed=False)
+    assert draw(tmp_path / "b.db", sampler, space, 16, killed=True) == points
+    assert {point["arm"] for point in points} == {"up", "down"}
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

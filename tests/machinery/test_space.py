@@ -18,6 +18,7 @@ from studies.machinery.space import (
     contains,
     ends,
     from_json,
+    of_arm,
     quantile,
     suggest,
     to_json,
@@ -41,9 +42,14 @@ CONDITIONAL = {
     "layers": Integer(1, 2),
     "width": Integer(8, 64, when={"layers": 2, "train": True}),
 }
+ARMED = {
+    "arm": Choice(("a", "b", "c")),
+    "depth": Integer(1, 3, when={"arm": ("a", "c")}),
+    "width": Integer(8, 64, when={"arm": ("a",), "depth": 2}),
+}
 
 
-@given(st.one_of(spaces, st.just(CONDITIONAL)), st.integers(0, 99))
+@given(st.one_of(spaces, st.sampled_from([CONDITIONAL, ARMED])), st.integers(0, 99))
 def test_what_is_drawn_lies_inside(space, seed):
     check_space(space)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
@@ -72,7 +78,7 @@ def test_quantiles_are_even_in_a_dimensions_own_scale():
     assert [quantile(Choice(("a", "b", "c")), share) for share in (0.3, 0.4, 0.7)] == ["a", "b", "c"]
 
 
-@given(st.one_of(spaces, st.just(CONDITIONAL)))
+@given(st.one_of(spaces, st.sampled_from([CONDITIONAL, ARMED])))
 def test_written_down_and_read_again_it_is_the_same(space):
     assert from_json(json.loads(json.dumps(to_json(space)))) == space
     assert widens(space, space)
@@ -137,6 +143,12 @@ def test_only_settings_that_are_active_matter(point, searched, inside):
     assert contains(CONDITIONAL, point) is inside
 
 
+def test_what_is_searched_of_one_arm_is_a_space_of_its_own():
+    assert of_arm(ARMED, "a") == {"depth": Integer(1, 3), "width": Integer(8, 64, when={"depth": 2})}
+    assert of_arm(ARMED, "b") == {}
+    assert of_arm(ARMED, "c").keys() == {"depth"}
+
+
 @pytest.mark.parametrize(
     ("space", "says"),
     [
@@ -149,6 +161,7 @@ def test_only_settings_that_are_active_matter(point, searched, inside):
             r"when q is 'c', .* that a Choice or an Integer takes: q is Choice\(values=\('a', 'b'\), when={}\)",
         ),
         ({"q": Integer(1, 3), "p": Integer(1, 2, when={"q": 4})}, "p is searched when q is 4"),
+        ({"arm": Choice(("a", "b")), "p": Integer(1, 2, when={"arm": ("a", "z")})}, "p is searched when arm is 'z'"),
         ({"q": Uniform(0.0, 3.0), "p": Integer(1, 2, when={"q": 1.0})}, "p is searched when q is 1.0"),
     ],
 )

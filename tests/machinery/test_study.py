@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hdml_core.config import ConfigError, parse_setting
-from studies.machinery.space import LogUniform, Uniform
+from studies.machinery.space import Choice, LogUniform, Uniform
 from studies.machinery.study import TINY_TRIALS, Study, parse_field, variant
 
 STUDY = Study(
@@ -13,9 +13,26 @@ STUDY = Study(
     question="Why?",
     space={"hdml.alpha": LogUniform(0.1, 300.0)},
     base={"loss.name": "npair"},
-    baseline={"hdml.enabled": False},
+    baseline={"synthesis": "none"},
 )
 
+
+ARMS = Study(
+    name="arms",
+    question="Which?",
+    space={
+        "optim.lr_embedder": LogUniform(1e-5, 1e-2),
+        "loss.margin": Uniform(0.1, 2.0),
+        "hdml.alpha": LogUniform(0.1, 300.0),
+    },
+    arms={
+        "triplet": {"loss.name": "triplet", "synthesis": "none"},
+        "npair": {"loss.name": "npair", "synthesis": "none"},
+        "hdml_npair": {"loss.name": "npair"},
+    },
+    rivals={"hdml_npair": "npair"},
+    trials=9,
+)
 
 FRONT = {"validation/recall_at_1": "maximize", "cost/gpu_seconds": "minimize"}
 
@@ -35,10 +52,16 @@ def test_names_of_variants(asked, name):
     assert variant(STUDY, **asked).name == name
 
 
+def test_a_study_of_a_data_set_has_its_own_name_there():
+    birds = replace(STUDY, name="table_cub200", base={"data.name": "cub200"})
+    names = [variant(birds, **asked).name for asked in ({}, {"dataset": "cub200"}, {"tiny": True}, {"dataset": "sop"})]
+    assert names == ["table_cub200", "table_cub200", "table_cub200-tiny", "table_cub200-sop"]
+
+
 def test_a_variant_has_its_data_sets_recipe_and_published_point():
-    assert STUDY.published() == {"hdml.alpha": 90.0}
+    assert STUDY.published() == [{"hdml.alpha": 90.0}]
     triplet = variant(STUDY, overrides={"loss.name": "triplet"})
-    assert triplet.published() == {"hdml.alpha": 7.0}
+    assert triplet.published() == [{"hdml.alpha": 7.0}]
     cub = variant(replace(STUDY, base={"recipe": "authors"}), dataset="cub200", trials=7)
     assert (cub.config().data.batch_size, cub.config().hdml.beta, cub.trials) == (128, 5e3, 7)
 
@@ -53,7 +76,7 @@ def test_tiny_is_small_and_yields_to_what_is_said():
 def test_trials_and_baseline_differ_from_the_base_in_their_own_settings_only():
     assert STUDY.config({"hdml.alpha": 3.0}) == STUDY.config({"hdml.alpha": 3.0})
     assert STUDY.config({"hdml.alpha": 3.0}).hdml.alpha == 3.0
-    assert not STUDY.baseline_config().hdml.enabled
+    assert STUDY.baseline_config().synthesis == "none"
     assert "hdml.alpha" not in STUDY.fixed()
 
 
@@ -75,6 +98,15 @@ def test_points_outside_the_space_are_not_tried_first():
         ({"limits": {"cost/pace": 1.0}}, "goals of study 'question' must be of validation/.*, got 'cost/pace'"),
         ({"folds": 6}, "folds of study 'question' must be at most data.folds = 5, got 6"),
         ({"max_cost": 10.0}, "node_price of study 'question' must be > 0 under a max_cost, got 0.0"),
+        ({"test_seeds": 1}, "test_seeds of study 'question' must be 0 or >= 2, for an interval needs two, got 1"),
+        ({"rivals": {"a": "b"}}, "rivals of study 'question' must be of , got 'a'"),
+        ({"arms": {"a": {"data.name": "sop"}}, "baseline": None}, "data.name of arm 'a' must be 'glyphs', got 'sop'"),
+        ({"arms": {"a": {}}}, "baseline of study 'question' must be None beside arms: make it one of them, got"),
+        ({"arms": {"a": {"hdml.alpha": -1.0}}, "baseline": None}, "hdml.alpha must be >= 0, got -1.0"),
+        (
+            {"sampler": "nsga2", "arms": {"a": {}}},
+            "sampler of study 'question' must be another for several arms, got 'ns",
+        ),
         ({"sampler": "cmaes", "goals": FRONT}, "sampler of study 'question' must be another for several goals"),
         ({"space": {"hdml.alhpa": LogUniform(0.1, 1.0)}}, "unknown setting 'hdml.alhpa'.*did you mean 'alpha'"),
         ({"space": {"hdml.alpha": Uniform(-1.0, 1.0)}}, "hdml.alpha must be >= 0, got -1.0"),
@@ -98,10 +130,55 @@ def test_a_variant_that_makes_no_sense_is_refused(asked, says):
         variant(STUDY, **asked)
 
 
+def test_what_all_arms_settle_can_not_be_set():
+    with pytest.raises(ConfigError, match="loss.name is what the arms of study 'arms' differ in: --set can't fix it"):
+        variant(ARMS, overrides={"loss.name": "lifted"})
+    # What some settle holds for the others.
+    daml = variant(ARMS, overrides={"synthesis": "daml"})
+    assert [config.synthesis for config in daml.configs().values()] == ["none", "none", "daml"]
+
+
 def test_a_trial_has_a_part_for_each_fold_and_seed():
     assert STUDY.parts() == ({"seed": 0, "data.fold": 0},)
     parts = replace(STUDY, folds=2, seeds=2, base={"data.fold": 4, "seed": 7}).parts()
     assert [tuple(part.values()) for part in parts] == [(7, 4), (7, 0), (8, 4), (8, 0)]
+
+
+def test_an_arm_is_searched_over_what_it_reads():
+    space = ARMS.search_space
+    readers = {name: dimension.when["arm"] for name, dimension in space.items() if name != "arm"}
+    assert space["arm"] == Choice(("triplet", "npair", "hdml_npair"))
+    assert readers == {
+        "optim.lr_embedder": ("triplet", "npair", "hdml_npair"),
+        "loss.margin": ("triplet",),
+        "hdml.alpha": ("hdml_npair",),
+    }
+    assert STUDY.search_space == STUDY.space
+
+
+def test_each_arm_begins_at_its_own_published_point():
+    assert ARMS.first_points() == [
+        {"arm": "triplet", "optim.lr_embedder": 1e-3, "loss.margin": 1.0},
+        {"arm": "npair", "optim.lr_embedder": 1e-3},
+        {"arm": "hdml_npair", "optim.lr_embedder": 1e-3, "hdml.alpha": 90.0},
+    ]
+
+
+def test_an_arm_brings_what_its_recipe_brings():
+    config = ARMS.config({"arm": "triplet", "loss.margin": 0.5})
+    assert (config.loss.name, config.loss.margin, config.hdml.alpha, config.synthesis) == ("triplet", 0.5, 7.0, "none")
+    assert config.data.batch_size == 60
+    fixed = ARMS.fixed()
+    assert "loss.name" not in fixed
+    assert "data.batch_size" not in fixed
+    assert fixed["data.name"] == "glyphs"
+
+
+def test_a_tiny_study_has_a_trial_for_each_arm_and_two_test_seeds():
+    many = replace(ARMS, arms={str(number): {"seed": number} for number in range(7)}, rivals={}, test_seeds=8, folds=5)
+    tiny = variant(many, tiny=True)
+    assert (tiny.trials, tiny.test_seeds, tiny.folds) == (7, 2, 1)
+    assert variant(ARMS, tiny=True).test_seeds == 0
 
 
 @pytest.mark.parametrize(

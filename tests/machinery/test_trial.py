@@ -41,7 +41,7 @@ def made(features=False):
         values = (centres + rng.integers(-60, 60, centres.shape)).astype(np.uint8)
     whole = LabelledSet(values, np.arange(len(labels)), labels, tuple(f"{i:02d}" for i in range(TRAIN + TEST)))
     train, test = whole.subset(range(TRAIN)), whole.subset(range(TRAIN, TRAIN + TEST))
-    return Dataset("made", "0", train, test, "features" if features else "images")
+    return Dataset("made", "0", train, test)
 
 
 @pytest.fixture

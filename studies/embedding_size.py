@@ -1,0 +1,32 @@
+"""How does retrieval depend on the size of the embedding, with and without hard synthetic negatives?
+
+Zheng, Chen, Lu, Zhou, "Hardness-Aware Deep Metric Learning", CVPR 2019, take 512 throughout, their code 128, 256 and
+512.
+
+Run:   python studies/embedding_size.py
+       python studies/embedding_size.py --dataset cub200
+Look:  python -m dashboards figure embedding_size
+"""
+
+from studies.machinery.cli import main
+from studies.machinery.space import Choice
+from studies.machinery.study import Study
+
+STUDY = Study(
+    name="embedding_size",
+    question=__doc__,
+    base={"loss.name": "npair"},
+    arms={
+        "hdml_npair": {},
+        "npair": {"synthesis": "none"},
+    },
+    space={"network.embedding_size": Choice((16, 32, 64, 128, 256, 512))},
+    trials=12,
+    folds=5,
+    seeds=2,
+    sampler="grid",
+    pruner="none",
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main(STUDY))

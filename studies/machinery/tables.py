@@ -1,0 +1,40 @@
+"""The rows of the paper's tables 2 to 4, and what is tuned of them.
+
+A method is a loss and where its negatives come from; names are those of the published figures. Of TUNED each has what
+it reads.
+"""
+
+from collections.abc import Mapping
+
+from hdml_core.config import Settings
+from studies.machinery.space import LogUniform, Space, Uniform
+
+ROWS: Mapping[str, Settings] = {
+    "contrastive": {"loss.name": "contrastive", "synthesis": "none"},
+    "ddml": {"loss.name": "ddml", "synthesis": "none"},
+    "triplet": {"loss.name": "triplet", "synthesis": "none"},
+    "triplet_semihard": {"loss.name": "semihard", "synthesis": "none"},
+    "daml_triplet": {"loss.name": "triplet", "synthesis": "daml"},
+    "hdml_triplet": {"loss.name": "triplet", "synthesis": "hdml"},
+    "lifted": {"loss.name": "lifted", "synthesis": "none"},
+    "angular": {"loss.name": "angular", "synthesis": "none"},
+    "npair": {"loss.name": "npair", "synthesis": "none"},
+    "daml_npair": {"loss.name": "npair", "synthesis": "daml"},
+    "hdml_npair": {"loss.name": "npair", "synthesis": "hdml"},
+}
+RIVALS: Mapping[str, str] = {
+    "daml_triplet": "triplet",
+    "hdml_triplet": "triplet",
+    "daml_npair": "npair",
+    "hdml_npair": "npair",
+}
+TUNED: Space = {
+    "optim.lr_extractor": LogUniform(1e-5, 3e-3),
+    "optim.lr_embedder": LogUniform(1e-5, 1e-2),
+    "loss.margin": LogUniform(0.1, 2.0),
+    "loss.threshold": LogUniform(0.3, 30.0),
+    "loss.angle": Uniform(30.0, 55.0),
+    "hdml.alpha": LogUniform(0.1, 1e4),
+    "hdml.beta": LogUniform(0.1, 1e5),
+    "daml.lambda_adv": LogUniform(1.0, 1e3),
+}
