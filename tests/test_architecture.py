@@ -20,7 +20,8 @@ PACKAGES = ("hdml_core", "studies", "cluster", "dashboards")
 # From the ground up; a module may import what stands below it. Each name is a room with its submodules:
 # within a room imports are free, between rooms of a floor there are none. In "name.*" each module is a room.
 FLOORS = (
-    ("hdml_core.notation",),
+    ("hdml_core.notation", "hdml_core.errors"),
+    ("hdml_core.library_losses",),
     ("hdml_core.config",),
     (
         "hdml_core.datasets",
@@ -31,7 +32,7 @@ FLOORS = (
         "hdml_core.metric_losses",
         "hdml_core.retrieval",
     ),
-    ("hdml_core.objective",),
+    ("hdml_core.methods",),
     ("hdml_core.frozen",),
     ("hdml_core.training",),
     ("hdml_core.checkpoint",),
@@ -50,6 +51,7 @@ DOORS = {
         "studies.machinery.storage",
         "studies.machinery.ledger",
     ),
+    "pytorch_metric_learning": ("hdml_core.library_losses",),
 }
 
 # Dashboards read the tracker and the ledger, and share nothing with the machinery but the names of things.
@@ -57,7 +59,7 @@ READERS = {"dashboards": ("dashboards", "studies.machinery.records")}
 
 # What must not come along when these are imported, however indirectly.
 FREE_OF = {
-    "hdml_core": ("ray", "optuna", "mlflow"),
+    "hdml_core": ("ray", "optuna", "mlflow", "pytorch_metric_learning"),
     "studies.machinery.records": ("torch", "ray", "optuna", "mlflow"),
 }
 
