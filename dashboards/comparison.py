@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from dashboards import DashboardError
-from dashboards.intervals import Interval, interval, paired
 from dashboards.protocol import Protocol, protocol
 from dashboards.published import Figure, method_name, published, rank, rival
 from dashboards.runs import DATA, StudyRuns, Tracker, TrialRun, among
+from studies.machinery.intervals import Interval, interval, paired
 from studies.machinery.records import GPU_SECONDS, PAPER, SECONDS, TAG_REASON, TEST
 
 FLOOR = "floor"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from dashboards import DashboardError
 from dashboards.comparison import GOAL, seed_of
 from dashboards.document import Table
-from dashboards.intervals import Interval, interval, paired
 from dashboards.published import method_name
 from dashboards.runs import StudyRuns, Tracker, TrialRun
+from studies.machinery.intervals import Interval, interval, paired
 from studies.machinery.records import PART, TEST, VALIDATION, short
 
 BASELINE = "baseline"

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from dashboards.curves import Curve, Dots, Level, Line
-from dashboards.intervals import Interval
+from studies.machinery.intervals import Interval
 from studies.machinery.records import short
 
 BLACK, GREY = "#000000", "#666666"

@@ -6,9 +6,9 @@ from io import StringIO
 
 from dashboards.comparison import FLOOR, GOAL, Arm, Comparison
 from dashboards.document import Page, Table
-from dashboards.intervals import Interval
 from dashboards.protocol import DIGITS, Protocol, footnotes, marked
 from dashboards.published import Figure, method_name, metric_name
+from studies.machinery.intervals import Interval
 
 UNCONFIRMED = "?"
 NOTHING = "–"

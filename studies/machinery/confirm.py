@@ -6,19 +6,18 @@ see `audit`.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
 from hdml_core.config import Config, ConfigError, Setting, to_settings, with_settings
 from studies.machinery.audit import Opening, new_opening, now, opened, openings
 from studies.machinery.driver import Places, Resources, commit, execute, prepare, recording, start_ray
+from studies.machinery.intervals import Interval, interval
 from studies.machinery.lease import Lease
 from studies.machinery.ledger import ATTEMPTS, CHECKPOINTS, METRICS, REASON, TERMS, Ledger, Row, existing
 from studies.machinery.progress import table
@@ -54,14 +53,6 @@ class Asked(NamedTuple):
     gpus_per_trial: float = 1.0
 
 
-class Interval(NamedTuple):
-    """A mean with its 95 % interval by Student's t, mean +- half_width, over n seeds."""
-
-    mean: float
-    half_width: float
-    n: int
-
-
 class Arm(NamedTuple):
     """What is trained over and over with fresh seeds, and what it is compared with."""
 
@@ -85,17 +76,6 @@ class Comparison(NamedTuple):
     their spread."""
     paper: Mapping[str, float]
     """The means in paper mode, where it was asked for; neither interval nor test is for them."""
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Return mean and half width t(0.975, n - 1) s / sqrt(n); s is the sample's standard deviation.
-
-    >>> interval([1.0, 2.0, 3.0]).mean
-    2.0
-    """
-    n = len(values)
-    half_width = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
-    return Interval(float(np.mean(values)), float(half_width), n)
 
 
 def confirm_study(name: str, places: Places, asked: Asked) -> str:
@@ -318,7 +298,8 @@ def _metrics(found: Mapping[str, Comparison]) -> dict[str, float]:
     for quality, of in found.items():
         for name, its in of.intervals.items():
             metrics[f"{TEST}/{quality}_{name}"] = its.mean
-            metrics[f"{TEST}/{quality}_{name}_half_width"] = its.half_width
+            if its.half_width is not None:
+                metrics[f"{TEST}/{quality}_{name}_half_width"] = its.half_width
         for name, p_value in of.p_values.items():
             if p_value is not None:
                 metrics[f"{TEST}/{quality}_{name}_p_value"] = p_value

@@ -11,8 +11,9 @@ from scipy import stats
 from hdml_core.config import ConfigError
 from studies.machinery import audit, confirm
 from studies.machinery.audit import code_digest, floor_opened, new_opening, opened, openings
-from studies.machinery.confirm import Arm, Asked, close_study, compare, confirm_study, interval
+from studies.machinery.confirm import Arm, Asked, close_study, compare, confirm_study
 from studies.machinery.driver import Places, Resources, terms
+from studies.machinery.intervals import interval
 from studies.machinery.lease import Lease, LeaseError
 from studies.machinery.ledger import METRICS, REASON, TERMS, Ledger, Row
 from studies.machinery.records import QUALITIES
@@ -41,14 +42,6 @@ def both_arms(best, baseline):
 
 
 # Statistics -------------------------------------------------------------------------------------------------------
-
-
-def test_the_interval_is_students():
-    values = [0.41, 0.43, 0.40, 0.47, 0.44]
-    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    found = interval(values)
-    assert found.mean - found.half_width == pytest.approx(low)
-    assert found.mean + found.half_width == pytest.approx(high)
 
 
 def test_differences_are_paired_by_seed():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dashboards.intervals import Interval, interval, paired
+from studies.machinery.intervals import Interval, interval, paired
 
 VALUES = st.lists(st.floats(0, 1), min_size=2, max_size=12).filter(lambda values: np.ptp(values) > 1e-6)
 
