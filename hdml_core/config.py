@@ -69,7 +69,7 @@ class DataConfig:
     feature_crops: int = 1
     """Views of each training image in the cache of a frozen extractor: the centre crop, then random ones."""
     resident: bool = False
-    """Keep the rows of the training classes on the device: the same bitwise, no step waits for them, if there is room."""
+    """Keep the rows of the training classes on the device: bitwise the same, and no step waits for them."""
 
     def __post_init__(self) -> None:
         _check_types(self, "data.")
@@ -227,7 +227,7 @@ class OptimConfig:
     """bfloat16: automatic mixed precision in the forward pass."""
     channels_last: bool = False
     compile: bool = False
-    """Compile the objective with torch.compile."""
+    """Compile the objective of a method with synthesis; the plain loss has nothing to gain."""
 
     def __post_init__(self) -> None:
         _check_types(self, "optim.")

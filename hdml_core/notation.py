@@ -110,6 +110,10 @@ class Hardness(NamedTuple):
     w_real: Tensor
     lambda_0_mean: Tensor
     pulled_share: Tensor
+    synthetic_accuracy: Tensor
+    """Share of the synthetic negatives to which the head gives the label of the sample that each comes from."""
+    real_accuracy: Tensor
+    """The same of the real samples."""
 
 
 class Averages(NamedTuple):

@@ -93,7 +93,8 @@ def new_run(
         metric_loss,
         batches,
         _optimisers(networks, config),
-        Averages(start, start, zero, zero, steps=0),
+        # Two tensors: the compiler would take one twice for a case of its own, and compile again when they differ.
+        Averages(start, start.clone(), zero, zero, steps=0),
     )
 
 
@@ -166,7 +167,6 @@ def _step(run: Run, x: Float[Tensor, "b ..."], labels: Int[Tensor, " b"]) -> Flo
     """Take one step: one forward pass, each J's gradient over its own networks, an optimiser step of each."""
     optim, method = run.config.optim, method_of(run.config, run.epoch)
     batch = Batch(x, labels, run.averages.j_avg, run.averages.j_gen_avg)
-    # The plain loss has nothing that compiling would speed up.
     compiles = optim.compile and "generator" in method.moves
     objective = _compiled(method.objective) if compiles else method.objective
     losses, hardness = objective(run.networks, batch, run.metric_loss, run.config)

@@ -147,6 +147,14 @@ def generate(generator, zs):
     return [linear(last, h) for h in batch_norm(norm, hidden)]
 
 
+def accuracy(head, features_with_labels):
+    right = []
+    for y, label in features_with_labels:
+        logits = linear(head, y).tolist()
+        right.append(logits.index(max(logits)) == int(label))
+    return sum(right) / len(right)
+
+
 def cross_entropy(head, y, label):
     logits = linear(head, y)
     return torch.log(sum(torch.exp(logit) for logit in logits)) - logits[label]
@@ -213,6 +221,7 @@ def hdml(networks, x, labels, config: Config, j_avg: float, j_gen_avg: float) ->
     else:
         j_soft = mean_cross_entropy(y_tilde, range(3 * n))
 
+    synthetic_of = dict(zip(pairs, y_tilde[len(copies) :], strict=True))
     true_negatives = [pair for pair in pairs if not is_npair or pair[0] != pair[1]]
     factors = [pulled[pair][1] for pair in true_negatives]
     return {
@@ -225,6 +234,8 @@ def hdml(networks, x, labels, config: Config, j_avg: float, j_gen_avg: float) ->
         "j_class": mean_cross_entropy(ys, range(len(ys))),
         "lambda_0_mean": sum(factors) / len(factors),
         "pulled_share": sum(f < 1 for f in factors) / len(factors),
+        "synthetic_accuracy": accuracy(networks.head, [(synthetic_of[p], labels[row_of[p]]) for p in true_negatives]),
+        "real_accuracy": accuracy(networks.head, zip(ys, labels, strict=True)),
     }
 
 

@@ -54,14 +54,14 @@ DOORS = {
     "pytorch_metric_learning": ("hdml_core.library_losses",),
 }
 
-# Dashboards read the tracker and the ledger, and share nothing with the machinery but the names of things and what a mean is worth.
+# Dashboards read the tracker, and share nothing with the machinery but the names of things and what a mean is worth.
 READERS = {"dashboards": ("dashboards", "studies.machinery.records", "studies.machinery.intervals")}
 
 # What must not come along when these are imported, however indirectly.
 FREE_OF = {
     "hdml_core": ("ray", "optuna", "mlflow", "pytorch_metric_learning"),
     "studies.machinery.records": ("torch", "ray", "optuna", "mlflow"),
-    "dashboards": ("torch", "ray", "optuna"),
+    "studies.machinery.intervals": ("torch", "ray", "optuna", "mlflow"),
 }
 
 

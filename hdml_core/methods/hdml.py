@@ -41,12 +41,16 @@ def hdml_losses(
     j_recon = errors.mean() if hdml.recon_reduction == "mean" else errors.sum()
     j_soft = torch.zeros_like(j_recon)
     label_roles = metric_loss.roles(batch.labels[:, None])
+    is_right = {}
     for (role, weight), y_role in zip(soft_weights.items(), y_tilde, strict=True):
         of_role = getattr(label_roles, role).expand(*z_hat[role].shape[:-1], 1)
-        j_soft = j_soft + weight * F.cross_entropy(networks.head(y_role), of_role.flatten())
+        logits = networks.head(y_role)
+        j_soft = j_soft + weight * F.cross_entropy(logits, of_role.flatten())
+        is_right[role] = (logits.argmax(-1) == of_role.flatten()).to(j_m.dtype).view(of_role.shape[:-1])
     j_gen = hdml.recon_weight * j_recon + hdml.lambda_soft * j_soft
 
-    j_class = F.cross_entropy(networks.head(y), batch.labels)
+    logits = networks.head(y)
+    j_class = F.cross_entropy(logits, batch.labels)
 
     is_negative, factors = metric_loss.negative_mask(real), lambda_0.detach().squeeze(-1)
     return (
@@ -58,5 +62,7 @@ def hdml_losses(
             w_real,
             mean_where(is_negative, factors),
             mean_where(is_negative, (factors < 1).to(j_m.dtype)),
+            mean_where(is_negative, is_right["negative"]),
+            (logits.argmax(-1) == batch.labels).to(j_m.dtype).mean(),
         ),
     )

@@ -48,7 +48,10 @@ HELD_MEMORY = "cost/held_memory_mb"
 
 LOSSES = ("j_m", "j_syn", "j_metric", "j_recon", "j_soft", "j_hard", "j_reg", "j_adv", "j_gen", "j_class")
 """Of all methods; a report has those of its own."""
-HARDNESS_TRACE = ("j_avg", "j_gen_avg", "kept", "w_real", "lambda_0_mean", "pulled_share")
+HARDNESS_TRACE = (
+    *("j_avg", "j_gen_avg", "kept", "w_real", "lambda_0_mean", "pulled_share"),
+    *("synthetic_accuracy", "real_accuracy"),
+)
 QUALITIES = ("recall_at_1", "map_at_r", "nmi", "f1")
 """What tables show of a split, in their order."""
 VALIDATED = tuple(f"{VALIDATION}/{name}" for name in (*QUALITIES, "r_precision"))

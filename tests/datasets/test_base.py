@@ -1,7 +1,10 @@
 """Splits by class: complete, disjoint, relabelled 0..k-1."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,6 +55,24 @@ def test_a_subset_is_relabelled_in_the_order_given():
     assert part.labels.tolist() == [1, 0, 1]
     assert len(part) == 3
     assert part.num_classes == 2
+
+
+@pytest.mark.parametrize("views", [None, [2, 0, 1, 1]])
+def test_rows_put_on_a_device_are_the_same(views):
+    whole = labelled([0, 1, 2, 1, 0])
+    if views:
+        whole = replace(whole, values=np.random.default_rng(0).random((10, 3, 7), np.float32))
+        views = np.array(views)
+    positions = np.array([3, 0, 0, 2])
+    wanted = whole.subset([0, 1]).take(positions, "cpu", views)
+    resident = whole.on("cpu")
+    assert isinstance(resident.values, torch.Tensor)
+    assert len(resident.values) == len(resident)
+    assert (resident.kind, resident.feature_size) == (whole.kind, whole.feature_size)
+    for part in (resident, resident.on("cpu")):
+        taken = part.subset([0, 1]).take(positions, "cpu", views)
+        assert taken.dtype == wanted.dtype
+        assert torch.equal(taken, wanted)
 
 
 def test_a_fold_of_one_class_is_refused():

@@ -1,18 +1,16 @@
 """CUB-200-2011, Cars196 and Stanford Online Products in their official layouts, made small."""
 
-import io
 import os
 
 import numpy as np
 import pytest
-from scipy.io import savemat
 
 from hdml_core.config import DataConfig
 from hdml_core.datasets import DataError, cars196, cub200, load, sop
 from hdml_core.datasets.archives import Archive
 from hdml_core.datasets.base import Counts
 from hdml_core.datasets.cache import open_cached
-from tests.datasets.made import birds, image_file, write_folder, write_tar, write_zip
+from tests.datasets.made import annotations, birds, image_file, products, write_folder, write_tar, write_zip
 
 CONFIG = DataConfig(name="cub200", image_size=8, crop_size=8)
 FOUR_BIRDS = Counts(images=8, classes=4, train_images=4, train_classes=2)
@@ -80,15 +78,6 @@ def test_the_real_birds(tmp_path, shared):
     assert dataset.test.classes[-1] == "200.Common_Yellowthroat"
 
 
-def annotations(column, names, classes):
-    """A .mat file with the struct array of the official ones."""
-    table = np.zeros(len(names), dtype=[(column, object), ("class", object), ("bbox_x1", object)])
-    table[column], table["class"], table["bbox_x1"] = names, classes, 1
-    buffer = io.BytesIO()
-    savemat(buffer, {"annotations": table})
-    return buffer.getvalue()
-
-
 CARS = Counts(images=8, classes=4, train_images=4, train_classes=2)
 NUMBERS = [f"{number:06d}.jpg" for number in range(1, 9)]
 
@@ -141,20 +130,6 @@ def test_a_damaged_table_of_cars(tmp_path, table):
 
 
 PRODUCTS = Counts(images=8, classes=4, train_images=4, train_classes=2)
-
-
-def products():
-    """Files of the official archive; the classes that train are not the first of the folder's names."""
-    top, header = "Stanford_Online_Products", "image_id class_id super_class_id path\n"
-    files, rows = {}, {"train": [], "test": []}
-    for number in range(8):
-        product, path = number // 2 + 1, f"sofa_final/{9 - number // 2}_{number % 2}.JPG"
-        rows["train" if product <= 2 else "test"].append(f"{number + 1} {product} 1 {path}\n")
-        files[f"{top}/{path}"] = image_file(number)
-    for side, lines in rows.items():
-        files[f"{top}/Ebay_{side}.txt"] = (header + "".join(lines)).encode()
-    files[f"{top}/sofa_final/not_listed.JPG"] = b"no image"
-    return files
 
 
 def open_products(root):

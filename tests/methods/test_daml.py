@@ -11,7 +11,7 @@ from tests import oracles
 from tests.methods.made import CASES, assert_same_gradients, small_case
 from tests.test_training import finished, labelled, same, small_config
 
-DAML = {"synthesis": "daml", "daml.lambda_reg": 0.7, "daml.lambda_adv": 3.0}
+DAML = {"synthesis": "daml", "daml.lambda_reg": 0.7, "daml.lambda_adv": 3.0, "loss.margin": 20.0}
 
 
 def ours(case):
