@@ -156,7 +156,7 @@ def check_child(client, child, parent):
     assert tags["mlflow.parentRunId"] == parent.info.run_id
     assert tags[records.TAG_STATE] in ("COMPLETE", "PRUNED")
     assert (tags[records.TAG_DEVICE], tags[records.TAG_RECIPE]) == ("cpu", "paper")
-    assert {records.TAG_COMMIT, records.TAG_DATA, records.TAG_HOST} <= tags.keys()
+    assert {records.TAG_COMMIT, records.TAG_DATA, records.TAG_IMAGE_SIDE, records.TAG_HOST} <= tags.keys()
     assert child.data.params["optim.epochs"] == "3"
     plain = tags[records.TAG_KIND] == "baseline"
     assert child.data.params["synthesis"] == ("none" if plain else "hdml")

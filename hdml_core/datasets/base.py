@@ -84,6 +84,8 @@ class Dataset:
     digest: str
     train: LabelledSet
     test: LabelledSet
+    image_side: int | None = None
+    """Median of the shorter sides of the images as they were found, in pixels; None where there are none."""
 
     @property
     def kind(self) -> Kind:

@@ -79,7 +79,7 @@ def _split(source: Source, rows_file: Path, manifest: Manifest) -> Dataset:
             "another or take the class out"
         )
     demand_disjoint(train, test)
-    return Dataset(source.name, manifest["digest"], train, test)
+    return Dataset(source.name, manifest["digest"], train, test, manifest.get("image_side"))
 
 
 def _prepare(source: Source, rows_file: Path, manifest_file: Path) -> None:
@@ -113,6 +113,7 @@ def _write_rows(source: Source, path: Path) -> Manifest:
             "free: free some, or set HDML_DATA elsewhere"
         )
     class_names: list[str] = []
+    sides: list[int] = []
     digest = hashlib.sha256()
     # Written, not mapped: a disk that fills up is an error here, and would kill the process there.
     with path.open("wb") as file:
@@ -122,6 +123,9 @@ def _write_rows(source: Source, path: Path) -> Manifest:
             for sample, row in _decoded(source, samples):
                 file.write(row.tobytes())
                 class_names.append(sample.class_name)
+                if source.kind == "images":
+                    with Image.open(io.BytesIO(sample.content)) as image:
+                        sides.append(min(image.size))
                 digest.update(repr((sample.name, sample.class_name, len(sample.content))).encode() + sample.content)
                 bar.update()
         file.flush()
@@ -131,7 +135,8 @@ def _write_rows(source: Source, path: Path) -> Manifest:
             f"{source.name} must have {shape[0]} rows, got {len(class_names)} in {source.place}: fetch it again"
         )
     classes, labels = np.unique(class_names, return_inverse=True)
-    return {"digest": digest.hexdigest(), "classes": classes.tolist(), "labels": labels.tolist()}
+    found = {"digest": digest.hexdigest(), "classes": classes.tolist(), "labels": labels.tolist()}
+    return found | ({"image_side": int(np.median(sides))} if sides else {})
 
 
 def _decoded(source: Source, samples: Iterator[Sample]) -> Iterator[tuple[Sample, np.ndarray]]:

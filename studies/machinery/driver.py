@@ -28,7 +28,7 @@ from studies.machinery.disk import DiskCap
 from studies.machinery.lease import Lease
 from studies.machinery.ledger import ATTEMPTS, CHECKPOINTS, PRICE, Ledger, Row, best_points, set_aside, spent
 from studies.machinery.progress import Progress
-from studies.machinery.records import FINISHED, TAG_COMMIT, TAG_DATA, TAG_RECIPE, Kind, trial_id
+from studies.machinery.records import FINISHED, TAG_COMMIT, TAG_DATA, TAG_IMAGE_SIDE, TAG_RECIPE, Kind, trial_id
 from studies.machinery.search import Interrupt, LedgerScheduler, LedgerSearch, Series, StopAll
 from studies.machinery.space import to_json
 from studies.machinery.storage import LedgerError, Storage, open_storage
@@ -236,7 +236,10 @@ def put_aside(storage: Storage, name: str, places: Places) -> None:
 def recording(places: Places, study: Study, ledger: Ledger, dataset: Dataset) -> Recorder:
     """Open the study's record."""
     recorder = places.recorder(study.name, ledger.identity())
-    recorder.open(study.question, {TAG_COMMIT: commit(), TAG_DATA: dataset.digest, TAG_RECIPE: study.config().recipe})
+    tags = {TAG_COMMIT: commit(), TAG_DATA: dataset.digest, TAG_RECIPE: study.config().recipe}
+    if dataset.image_side is not None:
+        tags[TAG_IMAGE_SIDE] = str(dataset.image_side)
+    recorder.open(study.question, tags)
     return recorder
 
 

@@ -42,6 +42,7 @@ def test_values_labels_and_split(tmp_path):
     assert dataset.test.labels.tolist() == [0, 0, 1, 1]
     assert isinstance(dataset.train.values, np.memmap)
     assert dataset.train.values is dataset.test.values
+    assert dataset.image_side == 14
     with Image.open(io.BytesIO(image_file(10 * ord("c") + 1))) as image:
         expected = np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     assert np.array_equal(dataset.test.values[5], expected)
