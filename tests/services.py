@@ -25,9 +25,7 @@ from socketserver import ThreadingTCPServer
 from typing import Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
-import psycopg
 import pytest
-from psycopg import sql
 
 HOST = "127.0.0.1"
 PATIENCE = 120.0  # seconds until a service that does not answer counts as broken
@@ -82,6 +80,10 @@ class PostgreSQL:
 
     def url(self, database: str) -> str:
         """The SQLAlchemy address of a database, which is made at the first call."""
+        # Here, since all tests load this module, and those of the core need no client of a database.
+        import psycopg
+        from psycopg import sql
+
         if database not in self._databases:
             address = f"host={HOST} port={self._port} user=tests dbname=postgres"
             with psycopg.connect(address, autocommit=True) as connection:

@@ -1,10 +1,23 @@
 """Every benchmark runs at toy size and leaves its numbers with their circumstances."""
 
 import json
+import math
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
+import torch
 
 from tests.benchmarks.__main__ import main
+from tests.benchmarks.gpu import Given, finetuning, timings
+from tests.benchmarks.gpu import __main__ as gpu
+from tests.conftest import ROOT
+
+# What drives and shows studies, and what of the core's own is wanted for one data set or one loss only.
+NOT_NEEDED = ("matplotlib", "mlflow", "optuna", "psutil", "psycopg", "pytorch_metric_learning", "ray", "sqlalchemy")
 
 
 @pytest.mark.parametrize("name", ["retrieval", "step", pytest.param("growth", marks=pytest.mark.cluster)])
@@ -34,3 +47,112 @@ def test_an_unknown_benchmark_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["retrival"])
     assert "unknown benchmark 'retrival': there are growth, restore, retrieval, step" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """The GPU suite at toy size on the CPU, where nothing can be imported that it does not need: what it wrote."""
+    folder = tmp_path_factory.mktemp("gpu")
+    for name in NOT_NEEDED:
+        (folder / f"{name}.py").write_text(f"raise ImportError('{name} is out of reach')")
+    environment = os.environ | {"PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+
+    def python(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+    assert all(f"{name} is out of reach" in python("-c", f"import {name}").stderr for name in NOT_NEEDED)
+    ended = python("-m", "tests.benchmarks.gpu", "--quick", "--out", folder)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return json.loads((folder / "gpu.json").read_text())
+
+
+def test_the_gpu_suite_says_what_it_ran_on(dry_run):
+    assert {"commit", "processor", "gpu", "python", "torch", "torchvision", "scipy"} <= dry_run["circumstances"].keys()
+    assert dry_run["quick"]
+
+
+def test_the_gpu_suite_counts_the_marked_tests(dry_run):
+    outcomes = dry_run["tests"]["outcomes"]
+    assert outcomes.pop("skipped") > 40
+    assert outcomes == {"passed": 0, "failure": 0, "error": 0}
+
+
+@pytest.mark.parametrize("part", ["steps", "retrieval"])
+def test_the_gpu_suite_times_beside_peers(part, dry_run):
+    rows = dry_run[part]["rows"]
+    assert all(math.isfinite(row["ratio"]) and row["ratio"] == row["ours"] / row["peer"] > 0 for row in rows)
+    said = [f"{row['what']} {row['peer_name']}" for row in rows]
+    wanted = {
+        "steps": ("HDML(npair)", "HDML(triplet)", "paper", "authors", "mobilenet", "googlenet", "bfloat16", "compiled"),
+        "retrieval": ("report", "k-means", "Recall@K"),
+    }
+    assert not [word for word in wanted[part] if not any(word in line for line in said)]
+    assert not dry_run[part].get("left_out")
+
+
+def test_the_gpu_suite_pairs_seeds(dry_run):
+    found = dry_run["finetuning"]
+    arms = [(run["loss"], run["synthesis"], run["seed"]) for run in found["runs"]]
+    assert sorted(arms) == sorted(product(("npair", "triplet"), ("none", "hdml"), range(3)))
+    for run in found["runs"]:
+        assert all(0 <= run[quality] <= 1 for quality in finetuning.QUALITIES)
+        assert run["recall_by_epoch"][-1] == run["recall_at_1"]
+        assert all(map(math.isfinite, (*run["losses"].values(), *run["hardness"].values(), run["seconds"])))
+    assert [(line["loss"], line["quality"]) for line in found["summary"]] == list(
+        product(("npair", "triplet"), finetuning.QUALITIES)
+    )
+    for line in found["summary"]:
+        assert {line[arm]["n"] for arm in ("plain", "hdml", "difference")} == {3}
+        assert line["difference"]["mean"] == pytest.approx(line["hdml"]["mean"] - line["plain"]["mean"])
+        assert line["difference"]["half_width"] >= 0
+    assert not found["left_out"]
+
+
+@pytest.fixture
+def toy():
+    return Given(torch.device("cpu"), True, Path("nowhere"), Path("nothing"), {})
+
+
+@pytest.mark.parametrize(("part", "filled"), [(timings.steps, "rows"), (finetuning.run, "runs")])
+def test_a_part_of_the_gpu_suite_begins_nothing_when_time_is_up(part, filled, toy):
+    record, said = {}, []
+    part(toy, 0.0, record, said.append)
+    assert record[filled] == []
+    assert record["left_out"]
+    assert said == [said[0]]
+    assert f"left out for want of time: {len(record['left_out'])}" in said[0]
+
+
+def test_fine_tuning_without_its_data_is_left_out_with_a_reason(toy, tmp_path):
+    record = {}
+    finetuning.run(toy._replace(quick=False), math.inf, record, lambda words: None)
+    assert record == {"reason": "CUB_200_2011.tgz not found in nowhere: give its folder by --data"}
+    (tmp_path / "CUB_200_2011.tgz").touch()
+    record.clear()
+    finetuning.run(toy._replace(quick=False, data=tmp_path), math.inf, record, lambda words: None)
+    assert record == {"reason": "weights not found at nothing: give them by --weights"}
+
+
+@pytest.mark.parametrize("broken", ["a test", "a part"])
+def test_the_gpu_suite_writes_what_it_has_and_fails_where_something_did(broken, tmp_path, monkeypatch, capsys):
+    def tests(given, until, record, say):
+        record["exit_status"] = int(broken == "a test")
+
+    def steps(given, until, record, say):
+        record["rows"] = ["kept"]
+        if broken == "a part":
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(gpu, "PARTS", {"tests": (tests, 0.5), "steps": (steps, 1.0)})
+    assert gpu.main(["--quick", "--out", str(tmp_path)]) == 1
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["steps"]["rows"] == ["kept"]
+    assert ("ZeroDivisionError" in record["steps"].get("error", "")) == (broken == "a part")
+
+
+def test_the_gpu_suite_wants_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main([])
+    assert "a CUDA device is needed: --quick" in capsys.readouterr().err

@@ -129,11 +129,3 @@ def test_the_layout_in_memory_is_indifferent(memory, tmp_path):
         given_images = torch.from_numpy(mapped[rows])
     assert torch.equal(augment(given_images, 8, True, generator()), augment(wanted, 8, True, generator()))
     assert torch.equal(centre(given_images, 8), centre(wanted, 8))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_device_does_not_change_the_crops():
-    images = draw_images()
-    on_device = augment(images.cuda(), 8, True, generator())
-    assert on_device.is_cuda
-    torch.testing.assert_close(on_device.cpu(), augment(images, 8, True, generator()))

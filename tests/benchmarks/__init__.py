@@ -1,23 +1,21 @@
 """Benchmarks: what our pieces cost, or lose, beside a peer or a physical floor, measured in the same run.
 
 A benchmark is a module here with `run(quick)` that returns a list of Rows or Counts; nothing else has to be done.
-Machines are noisy and of all kinds, so what counts is the ratio of medians, never a time by itself.
+Machines are noisy and of all kinds, so what counts is the ratio of medians, never a time by itself. The package `gpu`
+is a suite for one CUDA GPU, with a command of its own.
 """
 
 import os
-import signal
+import platform
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import optuna
-
-from tests.conftest import ROOT
+import torch
 
 
 class Row(NamedTuple):
@@ -61,43 +59,35 @@ class Count(NamedTuple):
         return self._asdict()
 
 
-def compare(what: str, ours: Callable[[], object], peer_name: str, peer: Callable[[], object], repeats: int) -> Row:
-    """Time both in turn, after one unmeasured run of each."""
+def compare(
+    what: str, ours: Callable[[], object], peer_name: str, peer: Callable[[], object], repeats: int, warm_up: int = 1
+) -> Row:
+    """Time both in turn, after unmeasured runs of each."""
     times: dict[Callable[[], object], list[float]] = {ours: [], peer: []}
-    for repeat in range(repeats + 1):
+    for repeat in range(warm_up + repeats):
         for work, taken in times.items():
             begin = time.perf_counter()
             work()
-            if repeat:
+            if repeat >= warm_up:
                 taken.append(time.perf_counter() - begin)
     return Row(what, statistics.median(times[ours]), peer_name, statistics.median(times[peer]), repeats)
 
 
-@contextmanager
-def driver(out: Path, module: str, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a study's driver where no one else can reach its Ray, and end what is left of both at the end.
-
-    What it says goes to `driver.log` in its folder.
-    """
-    command = [sys.executable, str(ROOT / "tests/isolated.py"), sys.executable, "-m", module, *map(str, arguments)]
-    with (
-        (out / "driver.log").open("w") as log,
-        subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True) as process,
-    ):
-        try:
-            yield process
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # Ray's agents outlive a driver by half a minute
-
-
-def toy_ledger(out: Path) -> optuna.Study:
-    """The toy study's rows; made beforehand, they can be watched from the first one on."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = f"sqlite:///{out}/ledger.db"
-    return optuna.create_study(storage=storage, study_name="toy", direction="maximize", load_if_exists=True)
-
-
-def trials_ended(study: optuna.Study) -> int:
-    """How many trials have ended."""
-    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+def circumstances(*libraries: str) -> dict[str, Any]:
+    """What numbers are measured on, with which versions, and of which commit."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        described = subprocess.run(
+            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        described = "unknown"
+    return {
+        "commit": described,
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{library: version(library) for library in libraries},
+    }

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import psutil
 
-from tests.benchmarks import Row, driver, toy_ledger, trials_ended
+from tests.benchmarks import Row
+from tests.benchmarks._toys import driver, toy_ledger, trials_ended
 
 
 class Look(NamedTuple):

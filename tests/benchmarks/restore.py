@@ -35,7 +35,8 @@ from ray.tune.schedulers import MedianStoppingRule
 from ray.tune.search.optuna import OptunaSearch
 
 from studies.machinery.records import TAG_TRIAL, trial_id
-from tests.benchmarks import Count, driver, toy_ledger, trials_ended
+from tests.benchmarks import Count
+from tests.benchmarks._toys import driver, toy_ledger, trials_ended
 from tests.machinery.toy_study import run_toy
 from tests.machinery.toys import EPOCHS, GOAL, value
 

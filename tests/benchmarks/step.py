@@ -27,8 +27,8 @@ def run(quick: bool) -> list[Row]:
                 "optim.steps_per_epoch": 1,
             }
             hdml, plain = (
-                training.new_run(recipe_config({**settings, "hdml.enabled": enabled}), train)
-                for enabled in (True, False)
+                training.new_run(recipe_config({**settings, "synthesis": synthesis}), train)
+                for synthesis in ("hdml", "none")
             )
             name = f"HDML({loss}), {recipe} recipe"
             rows.append(compare(name, lambda r=hdml: step(r, train), loss, lambda r=plain: step(r, train), repeats))

@@ -145,6 +145,14 @@ def test_no_trial_of_a_search_reads_a_test_image(kind, a_job, opens):
     assert not [name for record in undisturbed for name in record.metrics if name.startswith(("test/", "paper/"))]
 
 
+def test_rows_kept_on_the_device_are_the_same_and_those_of_the_training_classes_alone(a_job, opens):
+    job = vary(a_job, parts=FOLDS_AND_SEEDS)
+    undisturbed = records(job)
+    opens(with_values(made(), made().train.values.view(Sealed)))
+    resident = vary(job, folder=job.folder / "resident", settings=job.settings | {"data.resident": True})
+    assert [*map(timeless, records(resident))] == [*map(timeless, undisturbed)]
+
+
 @pytest.mark.parametrize(("kind", "epochs"), [("confirm", EPOCHS - 1), ("paper", 0)])
 def test_the_seal_would_be_seen_to_break(kind, epochs, a_job, opens):
     opens(with_values(made(), made().train.values.view(Sealed)))
