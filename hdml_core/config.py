@@ -193,7 +193,7 @@ class DamlConfig:
     margin: float = 1.0
     """By how much a synthetic negative is to stay farther from the anchor than the positive, squared, in J_adv [m]."""
     pretrain_epochs: int = 1
-    """Epochs of the plain metric loss before the generator joins in [m]."""
+    """Epochs of the plain metric loss before the generator joins in [m]; how many is not known, half is taken here."""
 
     def __post_init__(self) -> None:
         _check_types(self, "daml.")
@@ -279,6 +279,9 @@ class Config:
         rows = 3 if self.loss.name == "triplet" else 2
         rule = f"a multiple of {rows} for loss.name = {self.loss.name!r}"
         _need(self.data.batch_size % rows == 0, "data.batch_size", rule, self.data.batch_size)
+        pretrains, epochs = self.daml.pretrain_epochs, self.optim.epochs
+        joins = self.synthesis != "daml" or pretrains < epochs
+        _need(joins, "daml.pretrain_epochs", f"< optim.epochs = {epochs}, for the generator to join in", pretrains)
         if self.loss.name.startswith("pml."):
             rule = f"'none' for loss.name = {self.loss.name!r}, which has no tuples to make synthetic negatives of"
             _need(self.synthesis == "none", "synthesis", rule, self.synthesis)
@@ -438,10 +441,11 @@ _PHOTOGRAPHS: Settings = {
     "network.extractor": "googlenet",
     "network.weights": "IMAGENET1K_V1",
     "optim.epochs": 40,
+    "daml.pretrain_epochs": 20,
 }
 DATA_SETTINGS: Mapping[str, Settings] = {
-    "glyphs": {"optim.epochs": 6, "optim.channels_last": True},
-    "omniglot": {"optim.epochs": 20, "optim.channels_last": True},
+    "glyphs": {"optim.epochs": 6, "optim.channels_last": True, "daml.pretrain_epochs": 3},
+    "omniglot": {"optim.epochs": 20, "optim.channels_last": True, "daml.pretrain_epochs": 10},
     "cub200": _PHOTOGRAPHS,
     "cars196": _PHOTOGRAPHS,
     "sop": {**_PHOTOGRAPHS, "retrieval.ks": (1, 10, 100)},

@@ -28,7 +28,7 @@ ABOVE_ZERO = st.floats(1e-12, 1e12)
 AT_LEAST_ZERO = st.floats(0, 1e12)
 COUNT = st.integers(1, 10**6)
 
-# A valid value of every setting; those that bind each other (crop, fold, batch) are drawn so that all agree.
+# A valid value of every setting; those that bind each other (crop, fold, batch, epochs) are drawn so that all agree.
 DRAWN = {
     "recipe": st.sampled_from(["paper", "authors"]),
     "seed": st.integers(0, 2**63),
@@ -71,8 +71,8 @@ DRAWN = {
     "daml.lambda_reg": AT_LEAST_ZERO,
     "daml.lambda_adv": AT_LEAST_ZERO,
     "daml.margin": AT_LEAST_ZERO,
-    "daml.pretrain_epochs": st.integers(0, 10**6),
-    "optim.epochs": COUNT,
+    "daml.pretrain_epochs": st.integers(0, 9),
+    "optim.epochs": st.integers(10, 10**6),
     "optim.steps_per_epoch": st.integers(0, 10**6),
     "optim.lr_extractor": AT_LEAST_ZERO,
     "optim.lr_embedder": AT_LEAST_ZERO,
@@ -156,6 +156,10 @@ def test_a_config_is_frozen():
         ({"daml.lambda_adv": -1.0}, "daml.lambda_adv must be >= 0, got -1.0"),
         ({"daml.margin": math.inf}, "daml.margin must be >= 0, got inf"),
         ({"daml.pretrain_epochs": -1}, "daml.pretrain_epochs must be >= 0, got -1"),
+        (
+            {"synthesis": "daml", "daml.pretrain_epochs": 8},
+            "daml.pretrain_epochs must be < optim.epochs = 8, for the generator to join in, got 8",
+        ),
         (
             {"loss.name": "triplets"},
             "loss.name must be one of 'npair', 'triplet', 'contrastive', 'semihard', 'lifted', 'angular', 'ddml', or "

@@ -34,6 +34,7 @@ TINY: Settings = {
     "network.embedding_size": 16,
     "network.generator_hidden": 32,
     "optim.epochs": 3,
+    "daml.pretrain_epochs": 1,
     "optim.steps_per_epoch": 4,
     "retrieval.clusterings": 1,
 }
