@@ -29,7 +29,7 @@ RIVALS: Mapping[str, str] = {
     "hdml_npair": "npair",
 }
 TUNED: Space = {
-    "optim.lr_extractor": LogUniform(1e-5, 3e-3),
+    "optim.lr_extractor": LogUniform(1e-6, 1e-3),
     "optim.lr_embedder": LogUniform(1e-5, 1e-2),
     "loss.margin": LogUniform(0.1, 2.0),
     "loss.threshold": LogUniform(0.3, 30.0),
