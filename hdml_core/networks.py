@@ -254,7 +254,7 @@ def build_networks(
     f = feature_size if feature_size is not None else EXTRACTORS[config.extractor].feature_size
     d = config.embedding_size
     embedder = nn.Sequential(nn.BatchNorm1d(f), nn.Linear(f, d)) if config.embedder_batch_norm else nn.Linear(f, d)
-    # What HDML draws comes first in every method, so that of one seed all start from the same embedder.
+    # HDML's generator, at its usual size, is drawn in every method, so that all start from one embedder for one seed.
     hidden = config.generator_hidden if synthesis == "hdml" else NetworkConfig.generator_hidden
     generator: nn.Module = nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.BatchNorm1d(hidden), nn.Linear(hidden, f))
     head = nn.Linear(f, num_classes)

@@ -102,7 +102,7 @@ Losses = PlainLosses | HdmlLosses | DamlLosses
 
 
 class Hardness(NamedTuple):
-    """How hard one step's synthetic negatives were made, each a scalar on its device."""
+    """How hard one step's synthetic negatives were made, and how well the head knows them; scalars on the device."""
 
     j_avg: Tensor
     j_gen_avg: Tensor

@@ -30,7 +30,7 @@ if torch.cuda.is_available():
 
 # Finite averages from the start, so that real and synthetic tuples both weigh something.
 SCHEDULED = {"hdml.average_start": 3.0, "hdml.alpha": 1.0, "hdml.beta": 3.0}
-DAML = {"synthesis": "daml", "daml.pretrain_epochs": 0}
+DAML = {"synthesis": "daml", "daml.pretrain_share": 0.0}
 VARIANTS = {
     "npair": {"synthesis": "none"},
     "triplet": {"synthesis": "none", "loss.name": "triplet"},

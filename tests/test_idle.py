@@ -56,7 +56,7 @@ OTHER = {
     "daml.lambda_reg": 3.0,
     "daml.lambda_adv": 3.0,
     "daml.margin": 0.1,
-    "daml.pretrain_epochs": 0,
+    "daml.pretrain_share": 0.0,
     "optim.epochs": 4,
     "optim.steps_per_epoch": 4,
     "optim.lr_extractor": 2e-3,

@@ -9,9 +9,13 @@ import sys
 from collections import Counter
 
 import mlflow
+import numpy as np
 import pytest
 
+from hdml_core.datasets import cars196, cub200, sop
 from hdml_core.methods import METHODS
+from hdml_core.metric_losses import build_metric_loss
+from hdml_core.sampling import RoleBatches
 from studies.machinery import records
 from studies.machinery.ledger import existing
 from studies.machinery.samplers import grid
@@ -77,6 +81,18 @@ def test_every_row_of_the_published_tables_is_a_method():
         assert {method for of, method in published if of == dataset} == study.arms.keys() == ROWS.keys()
         assert study.config().data.name == dataset
         assert study.trials % len(study.arms) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"), [("cub200", cub200.EXPECTED), ("cars196", cars196.EXPECTED), ("sop", sop.EXPECTED)]
+)
+def test_every_row_of_a_table_finds_classes_enough_in_every_fold(name, counts):
+    for config in importlib.import_module(f"studies.table_{name}").STUDY.configs().values():
+        for fold in range(config.data.folds):
+            classes = counts.train_classes - len(range(fold, counts.train_classes, config.data.folds))
+            labels = np.repeat(np.arange(classes), 2)
+            layout = build_metric_loss(config.loss, classes, 8).layout
+            assert RoleBatches(labels, layout, config.data.batch_size, 1, 0).tuples > 1
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -195,7 +195,7 @@ def test_training_learns():
 @pytest.mark.parametrize("settings", [{"optim.precision": "bfloat16"}, {"optim.channels_last": True}])
 @pytest.mark.parametrize("synthesis", METHODS)
 def test_faster_settings_train_the_same_thing_nearly(synthesis, settings):
-    images = {"data.name": "glyphs", "optim.epochs": 1, "hdml.beta": 1.0, "daml.pretrain_epochs": 0}
+    images = {"data.name": "glyphs", "optim.epochs": 1, "hdml.beta": 1.0, "daml.pretrain_share": 0.0}
     train = labelled(images=True)
     losses = []
     for extra in ({}, settings):
@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_finite_is_named_without_a_schedule_where_there_is_no
     train.values[:, :] = 1e30
     message = r"^j_m is (inf|nan) at epoch 1, step 1\. A lower learning rate or optim.clip often helps\.$"
     with pytest.raises(training.NonFiniteLossError, match=message):
-        finished(small_config(**{"synthesis": synthesis, "daml.pretrain_epochs": 0}), train)
+        finished(small_config(**{"synthesis": synthesis, "daml.pretrain_share": 0.0}), train)
 
 
 def test_an_extractor_for_other_images_is_said_at_the_start():

@@ -38,6 +38,6 @@ METHODS: Mapping[SynthesisName, Method] = {
 
 
 def method_of(config: Config, epoch: int) -> Method:
-    """Return the method of an epoch, counted from 0: in DAML's first `daml.pretrain_epochs` it is the plain loss."""
-    pretrains = config.synthesis == "daml" and epoch < config.daml.pretrain_epochs
+    """Return the method of an epoch, counted from 0: before `daml.pretrain_share` of them is over, DAML's is plain."""
+    pretrains = config.synthesis == "daml" and epoch < int(config.daml.pretrain_share * config.optim.epochs)
     return METHODS["none" if pretrains else config.synthesis]

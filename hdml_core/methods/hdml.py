@@ -41,12 +41,12 @@ def hdml_losses(
     j_recon = errors.mean() if hdml.recon_reduction == "mean" else errors.sum()
     j_soft = torch.zeros_like(j_recon)
     label_roles = metric_loss.roles(batch.labels[:, None])
-    is_right = {}
     for (role, weight), y_role in zip(soft_weights.items(), y_tilde, strict=True):
         of_role = getattr(label_roles, role).expand(*z_hat[role].shape[:-1], 1)
         logits = networks.head(y_role)
         j_soft = j_soft + weight * F.cross_entropy(logits, of_role.flatten())
-        is_right[role] = (logits.argmax(-1) == of_role.flatten()).to(j_m.dtype).view(of_role.shape[:-1])
+        if role == "negative":
+            is_known = (logits.argmax(-1) == of_role.flatten()).view(of_role.shape[:-1])
     j_gen = hdml.recon_weight * j_recon + hdml.lambda_soft * j_soft
 
     logits = networks.head(y)
@@ -56,13 +56,13 @@ def hdml_losses(
     return (
         HdmlLosses(j_m, j_syn, j_metric, j_recon, j_soft, j_gen, j_class),
         Hardness(
-            batch.j_avg,
-            batch.j_gen_avg,
-            kept,
-            w_real,
-            mean_where(is_negative, factors),
-            mean_where(is_negative, (factors < 1).to(j_m.dtype)),
-            mean_where(is_negative, is_right["negative"]),
-            (logits.argmax(-1) == batch.labels).to(j_m.dtype).mean(),
+            j_avg=batch.j_avg,
+            j_gen_avg=batch.j_gen_avg,
+            kept=kept,
+            w_real=w_real,
+            lambda_0_mean=mean_where(is_negative, factors),
+            pulled_share=mean_where(is_negative, (factors < 1).to(j_m.dtype)),
+            synthetic_accuracy=mean_where(is_negative, is_known.to(j_m.dtype)),
+            real_accuracy=(logits.argmax(-1) == batch.labels).to(j_m.dtype).mean(),
         ),
     )

@@ -62,14 +62,14 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
             warm_start=given.warm_start,
         )
         print(summary(asked, ledgers, places.tracking_uri, places.out))
-        if asked.test_seeds:
-            from studies.machinery.confirm import close_study
-
-            print(close_study(asked, ledgers["search"], places))
         failed = sum(row.state == "FAIL" for ledger in ledgers.values() for row in ledger.rows())
         if failed > asked.failures_allowed * asked.trials:
             print(f"{failed} trials failed, more than the study allows", file=sys.stderr)
             return FAILED
+        if asked.test_seeds:
+            from studies.machinery.confirm import close_study
+
+            print(close_study(asked, ledgers["search"], places))
         return DONE
 
     return status_of(run)

@@ -6,6 +6,7 @@ see `audit`.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -23,17 +24,17 @@ from studies.machinery.ledger import ATTEMPTS, CHECKPOINTS, METRICS, REASON, TER
 from studies.machinery.progress import table
 from studies.machinery.records import ARM, PAPER, QUALITIES, TEST, Kind, run_name, short, trial_id
 from studies.machinery.search import Series
-from studies.machinery.space import Choice, Integer, from_json
+from studies.machinery.space import Choice, Integer, Space, from_json
 from studies.machinery.storage import LedgerError, open_storage
-from studies.machinery.study import Study
+from studies.machinery.study import MOST_SEEDS, Study
 from studies.machinery.worker import Job
 
 BEST, BASELINE, DIFFERENCE = "best", "baseline", "difference"
 """The arms of a study that has none, and what lies between them."""
 SEEDS = Integer(0, 2**31 - 1)
 GOAL = f"{TEST}/{QUALITIES[0]}"
-FIRST_SEED, MOST_SEEDS = 10_000, 1000
-"""How far above the search's own the seeds of an opening begin, and how much higher at each opening."""
+FIRST_SEED = 10_000
+"""How far above the search's own the seeds of an opening begin, and MOST_SEEDS higher at each opening."""
 ALIKE = 1e-12
 """Differences that lie no further apart are equal, but for rounding."""
 
@@ -59,7 +60,7 @@ class Arm(NamedTuple):
     config: Config
     said: str
     """Its name, to read."""
-    rival: str | None = None
+    rival: str = ""
 
     def difference(self, arm: str) -> str:
         """What lies between this arm, of that name, and its rival."""
@@ -93,18 +94,49 @@ def confirm_study(name: str, places: Places, asked: Asked) -> str:
     storage = open_storage(places.ledger_url)
     ledger = existing(storage, name)
     other = existing(storage, asked.against) if asked.against else None
-    with Lease(storage.engine, name) as lease:
-        ledger.best()  # where there is none, nothing is opened
-        study = _study(ledger, asked.gpus_per_trial)
+    ledger.best()  # where there is none, nothing is opened
+    return _open(_study(ledger, asked.gpus_per_trial), ledger, other, places, asked)
+
+
+def close_study(study: Study, ledger: Ledger, places: Places) -> str:
+    """Open the test classes as a study's last act, or go on opening them; where that is done, say what was found.
+
+    Where trials are still to be run, or all of an arm failed, they stay closed, and that is said.
+    """
+    if not ledger.is_done(study.trials):
+        return "the test classes stay closed until all trials have ended: the same command goes on"
+    best = ledger.best_of_arms() if study.arms else {}
+    if lacking := [arm for arm in study.arms if arm not in best]:
+        return (
+            f"the test classes stay closed, for no trial is COMPLETE of {', '.join(lacking)}: --retry-failed tries "
+            f"again what failed, and python -m studies confirm {study.name} goes without"
+        )
+    arms = _arms(study, ledger, None)
+    before = [opening for opening in openings(ledger) if opening.kind != "floor"]
+    if before and before[-1].finished:
+        last = before[-1]
+        if (last.best, last.against) != _named(arms):
+            arms = {arm: its._replace(said=arm) for arm, its in arms.items()}
+        rows = Ledger(open_storage(places.ledger_url), f"{study.name}.{last.label}", {}).rows()
+        said = _said(last, arms, compare(rows, arms, last.kind == "paper"), rows)
+        return "\n".join([*said, f"opened on {last.begun}, of {last.best}"])
+    asked = Asked(study.test_seeds, paper_mode=study.paper_mode, gpus_per_trial=study.gpus_per_trial)
+    return _open(study, ledger, None, places, asked)
+
+
+def _open(study: Study, ledger: Ledger, other: Ledger | None, places: Places, asked: Asked) -> str:
+    storage = open_storage(places.ledger_url)
+    with Lease(storage.engine, study.name) as lease:
         arms = _arms(study, ledger, other)
         for arm, its in arms.items():
             dataset = prepare(its.config, places.root)
             _demand_data(other if other and arm == BASELINE else ledger, dataset.digest)
 
         opening = _opening(ledger, arms, asked)
-        folder = places.out / name
+        folder = places.out / study.name
         with recording(places, study, ledger, dataset) as recorder, opened(ledger, recorder, opening):
-            sealed = Ledger(storage, f"{name}.{opening.label}", {ARM: Choice(tuple(arms)), "seed": SEEDS}, lease)
+            space: Space = {ARM: Choice(tuple(arms)), "seed": SEEDS}
+            sealed = Ledger(storage, f"{study.name}.{opening.label}", space, lease)
             first = study.config().seed + FIRST_SEED + MOST_SEEDS * opening.number
             sealed.enqueue({ARM: arm, "seed": seed} for seed in range(first, first + opening.seeds) for arm in arms)
             resources = start_ray(study)
@@ -113,60 +145,50 @@ def confirm_study(name: str, places: Places, asked: Asked) -> str:
             found = compare(sealed.rows(), arms, asked.paper_mode)
             recorder.note(opening.label, opening.tags(), _metrics(found))
             (folder / "confirm.json").write_text(json.dumps(_written(opening, found), indent=2))
-    return "\n".join([*_said(opening, arms, found, sealed.rows()), f"written to {folder / 'confirm.json'}"])
-
-
-def close_study(study: Study, ledger: Ledger, places: Places) -> str:
-    """Open the test classes as a study's last act, or go on opening them; where that is done, say what was found.
-
-    Where trials are still to be run, they stay closed, and that is said.
-    """
-    if not ledger.is_done(study.trials):
-        return "the test classes stay closed until all trials have ended: the same command goes on"
-    before = [opening for opening in openings(ledger) if opening.kind != "floor"]
-    if before and before[-1].finished:
-        last, arms = before[-1], _arms(study, ledger, None)
-        rows = Ledger(open_storage(places.ledger_url), f"{study.name}.{last.label}", {}).rows()
-        return "\n".join(_said(last, arms, compare(rows, arms, last.kind == "paper"), rows))
-    asked = Asked(study.test_seeds, paper_mode=study.paper_mode, gpus_per_trial=study.gpus_per_trial)
-    return confirm_study(study.name, places, asked)
+    lacking = [arm for arm in study.arms if arm not in arms]
+    without = [f"not opened, for no trial of theirs is COMPLETE: {', '.join(lacking)}"] if lacking else []
+    return "\n".join([*_said(opening, arms, found, sealed.rows()), *without, f"written to {folder / 'confirm.json'}"])
 
 
 def compare(rows: Sequence[Row], arms: Mapping[str, Arm], paper_mode: bool = False) -> dict[str, Comparison]:
-    """Compare the arms in every quality, over the seeds that trained to the end in all of them.
+    """Compare the arms in every quality, each over its seeds that trained to the end, rivals over those they share.
 
-    Of several arms, one of which fewer than two seeds did is left out. Raises LedgerError where fewer than two seeds
-    are left.
+    An arm of which fewer than two seeds did is left out, as is a difference over fewer than two. Raises LedgerError
+    where that leaves nothing, or nothing of the difference that was asked for.
     """
     metrics: dict[str, dict[Any, Mapping[str, float]]] = {arm: {} for arm in arms}
     for row in rows:
         if row.state == "COMPLETE":
             metrics[str(row.params[ARM])][row.params["seed"]] = row.notes[METRICS]
-    measured = metrics if BEST in arms else {arm: of for arm, of in metrics.items() if len(of) >= 2}
-    seeds = sorted(set.intersection(*map(set, measured.values()))) if measured else []
-    if len(seeds) < 2:
+    measured = {arm: of for arm, of in metrics.items() if len(of) >= 2}
+    shared = {
+        (arm, its.rival): sorted(metrics[arm].keys() & metrics[its.rival].keys())
+        for arm, its in arms.items()
+        if its.rival in arms
+    }
+    most = len(shared[BEST, BASELINE]) if (BEST, BASELINE) in shared else max(map(len, metrics.values()))
+    if most < 2:
         raise LedgerError(
-            f"two seeds or more must have trained to the end in all arms, got {len(seeds)}: {_failures(rows)}. "
+            f"two seeds or more must have trained to the end, got {most}: {_failures(rows)}. "
             "--again opens the test classes once more"
         )
-    rivals = {arm: its.rival for arm, its in arms.items() if arm in measured and its.rival in measured}
 
-    def values(name: str) -> dict[str, list[float]]:
-        of_arms = {arm: [of[seed][name] for seed in seeds] for arm, of in measured.items()}
-        return of_arms | {
-            arms[arm].difference(arm): [a - b for a, b in zip(of_arms[arm], of_arms[str(rival)], strict=True)]
-            for arm, rival in rivals.items()
-        }
+    def compared(quality: str) -> Comparison:
+        honest, chosen = f"{TEST}/{quality}", f"{PAPER}/{quality}"
+        intervals = {arm: interval([of[honest] for of in by_seed.values()]) for arm, by_seed in measured.items()}
+        paper = {arm: fmean(of.get(chosen, math.nan) for of in by_seed.values()) for arm, by_seed in measured.items()}
+        p_values = {}
+        for (arm, rival), seeds in shared.items():
+            if len(seeds) >= 2:
+                name = arms[arm].difference(arm)
+                ours, theirs = ([metrics[of][seed] for seed in seeds] for of in (arm, rival))
+                pairs = list(zip(ours, theirs, strict=True))
+                intervals[name] = interval([a[honest] - b[honest] for a, b in pairs])
+                p_values[name] = _p_value([a[honest] for a in ours], [b[honest] for b in theirs])
+                paper[name] = fmean(a.get(chosen, math.nan) - b.get(chosen, math.nan) for a, b in pairs)
+        return Comparison(intervals, p_values, paper if paper_mode else {})
 
-    found = {}
-    for quality in QUALITIES:
-        honest = values(f"{TEST}/{quality}")
-        found[quality] = Comparison(
-            {name: interval(of) for name, of in honest.items()},
-            {arms[arm].difference(arm): _p_value(honest[arm], honest[str(rival)]) for arm, rival in rivals.items()},
-            {name: fmean(of) for name, of in values(f"{PAPER}/{quality}").items()} if paper_mode else {},
-        )
-    return found
+    return {quality: compared(quality) for quality in QUALITIES}
 
 
 def _p_value(values: Sequence[float], rivals: Sequence[float]) -> float | None:
@@ -183,8 +205,9 @@ def _study(ledger: Ledger, gpus_per_trial: float) -> Study:
         terms["question"],
         from_json(terms["space"]),
         base=_settings(terms["base"]),
-        arms={arm: _settings(settings) for arm, settings in terms["arms"].items()},
-        rivals=terms["rivals"],
+        arms={arm: _settings(settings) for arm, settings in terms.get("arms", {}).items()},
+        rivals=terms.get("rivals", {}),
+        trials=max(1, len(terms.get("arms", {}))),
         baseline=None if terms["baseline"] is None else _settings(terms["baseline"]),
         goals=terms["goals"],
         gpus_per_trial=gpus_per_trial,
@@ -205,7 +228,7 @@ def _arms(study: Study, ledger: Ledger, other: Ledger | None) -> dict[str, Arm]:
             raise ConfigError(f"--against must be left out for a study of several arms, got {other.name!r}")
         best = ledger.best_of_arms()
         return {
-            arm: Arm(study.config(best[arm].params), f"{arm} ({trial_id(best[arm].number)})", study.rivals.get(arm))
+            arm: Arm(study.config(best[arm].params), f"{arm} ({trial_id(best[arm].number)})", study.rivals.get(arm, ""))
             for arm in study.arms
             if arm in best
         }
@@ -225,6 +248,13 @@ def _rival(study: Study, other: Ledger | None) -> Arm:
     return Arm(study.baseline_config(), BASELINE)
 
 
+def _named(arms: Mapping[str, Arm]) -> tuple[str, str]:
+    """Return what is opened for and what it is compared with; arms compared among themselves are all the former."""
+    if arms.keys() == {BEST, BASELINE}:
+        return arms[BEST].said, arms[BASELINE].said
+    return ", ".join(its.said for its in arms.values()), ""
+
+
 def _demand_data(searched: Ledger, digest: str) -> None:
     was = searched.notes[TERMS]["data"]
     if was != digest:
@@ -242,9 +272,7 @@ def _opening(ledger: Ledger, arms: Mapping[str, Arm], asked: Asked) -> Opening:
     before = [opening for opening in openings(ledger) if opening.kind != "floor"]
     settings = {arm: to_settings(its.config) for arm, its in arms.items()}
     kind: Kind = "paper" if asked.paper_mode else "confirm"
-    against = arms[BASELINE].said if BASELINE in arms else ""
-    best = ", ".join(its.said for arm, its in arms.items() if arm != BASELINE)
-    new = new_opening(ledger, len(before) + 1, kind, commit(), settings, best, against, asked.seeds)
+    new = new_opening(ledger, len(before) + 1, kind, commit(), settings, *_named(arms), asked.seeds)
     if not before:
         return new
     last = before[-1]
@@ -320,14 +348,15 @@ def _written(opening: Opening, found: Mapping[str, Comparison]) -> dict[str, Any
 def _said(opening: Opening, arms: Mapping[str, Arm], found: Mapping[str, Comparison], rows: Sequence[Row]) -> list[str]:
     """What was found, to read."""
     first = found[QUALITIES[0]]
-    names = {arm: its.said for arm, its in arms.items() if arm in first.intervals}
-    names |= {
-        its.difference(arm): its.difference(arm) for arm, its in arms.items() if its.difference(arm) in first.p_values
-    }
+    names = {arm: its.said for arm, its in arms.items()}
+    names |= {its.difference(arm): its.difference(arm) for arm, its in arms.items() if its.rival}
+    names = {name: said for name, said in names.items() if name in first.intervals}
     lines, below = [], []
     for name, said in names.items():
         intervals = [of.intervals[name] for of in found.values()]
-        lines.append([said, *(f"{its.mean:.4f} ± {its.half_width:.4f}" for its in intervals)])
+        n = intervals[0].n
+        fewer = "" if n == opening.seeds else f", {n} seeds"
+        lines.append([said + fewer, *(f"{its.mean:.4f} ± {its.half_width:.4f}" for its in intervals)])
     for name in first.p_values:
         p_values = ["-" if of.p_values[name] is None else short(of.p_values[name]) for of in found.values()]
         lines.append([f"p of {name}, paired t-test", *p_values])
@@ -338,9 +367,11 @@ def _said(opening: Opening, arms: Mapping[str, Arm], found: Mapping[str, Compari
             lines.append([f"paper mode: {said}", *(f"{of.paper[name]:.4f}" for of in found.values())])
         below.append(PAPER_MODE)
     if any(row.state != "COMPLETE" for row in rows):
-        below.append(f"left out in all arms: {_failures(rows)}")
-    (n,) = {its.n for its in first.intervals.values()}
-    head = f"test classes, mean and 95 % t-interval over {n} seeds, differences paired; opening {opening.number}"
+        below.append(f"left out: {_failures(rows)}")
+    head = (
+        f"test classes, mean and 95 % t-interval over {opening.seeds} seeds, differences paired; "
+        f"opening {opening.number}"
+    )
     return ["", head, "", table(["", *found], lines), "", *below]
 
 

@@ -326,7 +326,7 @@ class Ledger:
             else:
                 return None
             trial.set_user_attr(OWNER, self._lease.token)
-        suggest(trial, self.space)
+            suggest(trial, self.space)  # which arm's turn it is, the next driver must see
         trial.set_user_attr(ATTEMPTS, trial.user_attrs.get(ATTEMPTS, 0) + 1)
         # In hand last of all: what a database that goes away cuts short before is taken up again.
         row = _row(self._storage.get_trial(trial._trial_id))

@@ -70,7 +70,7 @@ def summary(study: Study, ledgers: Mapping[Kind, Ledger], tracking_uri: str, out
     said += spending(ledgers.values())
     elsewhere = "" if out == Path("runs").absolute() else f" --out {os.path.relpath(out)}"
     said.append(f"look:  {look(tracking_uri)}   (experiment {study.name})")
-    if complete:
+    if complete and not study.test_seeds:
         said.append(f"next:  {command('python')} -m studies confirm {study.name}{elsewhere}")
     return "\n".join(said)
 

@@ -344,7 +344,7 @@ def _terms(search: Ledger) -> list[tuple[str, str]]:
         ("data", f"{terms['settings']['data.name']}, digest {terms['data'][:12]}"),
         ("goals", ", ".join(f"{direction} {goal}" for goal, direction in terms["goals"].items())),
         ("parts", f"{terms['folds']} folds, {terms['seeds']} seeds"),
-        *([("arms", ", ".join(terms["arms"]))] if terms["arms"] else []),
+        *([("arms", ", ".join(terms["arms"]))] if terms.get("arms") else []),
         *(("space", f"{name} {_range(dimension)}") for name, dimension in space.items()),
     ]
 

@@ -36,8 +36,8 @@ GRID_POINTS = 5
 
 ONE_GOAL = ("cmaes",)
 """Samplers that know neither several goals nor limits."""
-WHOLE = ("nsga2",)
-"""Samplers that keep a state of the study as a whole, and can't be had for each arm apart."""
+WHOLE = ("nsga2", "hyperband")
+"""Samplers and pruners that keep account of the study as a whole, and can't be had for each arm apart."""
 PARTS = ("wilcoxon",)
 """Pruners whose steps are the parts of a trial, its folds and seeds; those of the others are its epochs."""
 
@@ -196,19 +196,27 @@ class OneArm(Study):
     ) -> list[FrozenTrial]:
         return [trial for trial in super()._get_trials(deepcopy, states, use_cache) if arm_of(trial) == self._arm]
 
+    def _get_best_trial(self, deepcopy: bool) -> FrozenTrial:
+        complete = self._get_trials(deepcopy, (TrialState.COMPLETE,))
+        if not complete:
+            raise ValueError("no trial of the arm is COMPLETE")
+        sign = 1 if self.direction == StudyDirection.MAXIMIZE else -1
+        return max(complete, key=lambda trial: sign * trial.values[0])
+
 
 class Arms(BaseSampler):
     """As many trials for each arm, the arm drawn by a sampler that knows of no other."""
 
-    def __init__(self, make: Callable[[Space, int, int], BaseSampler], space: Space, seed: int, number: int) -> None:
+    def __init__(self, make: Callable[[Space, int, int], BaseSampler], space: Space, seed: int) -> None:
         self._make = make
         self._space = space
-        self._entropy = (seed, number)
+        self._seed = seed
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Settle which arm it is; return what that arm's sampler draws jointly."""
         self._arm = arm_of(trial) or self._next_arm(study, trial)
-        self._of_arm = self._make(of_arm(self._space, self._arm), *self._entropy)
+        before = [other for other in study.get_trials(deepcopy=False)[: trial.number] if arm_of(other) == self._arm]
+        self._of_arm = self._make(of_arm(self._space, self._arm), self._seed, len(before))
         return self._of_arm.infer_relative_search_space(OneArm(study, self._arm), trial)
 
     def sample_relative(
@@ -287,7 +295,7 @@ PRUNERS: Mapping[str, Callable[[int], BasePruner]] = {
 def make_sampler(name: str, space: Space, seed: int, number: int) -> BaseSampler:
     """What draws trial `number` of a study with this space and seed."""
     if ARM in space and name != "grid":  # each cell of a grid is of an arm
-        return Arms(SAMPLERS[name], space, seed, number)
+        return Arms(SAMPLERS[name], space, seed)
     return SAMPLERS[name](space, seed, number)
 
 

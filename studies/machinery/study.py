@@ -1,7 +1,7 @@
 """A study as data: one question, its base settings, its space, its goal, its budget."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,8 +24,15 @@ Pruner = Literal["median", "halving", "hyperband", "wilcoxon", "none"]
 
 COUNTS = ("trials", "folds", "seeds", "parallel", "cpus_per_trial", "max_attempts")
 AMOUNTS = ("hours", "gpu_hours", "max_cost", "gpus_per_trial", "hang_minutes", "disk_gb")
-SETTABLE = (*COUNTS, *AMOUNTS, "test_seeds", "node_price", "sampler", "pruner", "seed", "failures_allowed")
+SETTABLE = (
+    *(*COUNTS, *AMOUNTS, "test_seeds", "paper_mode", "node_price", "sampler", "pruner", "seed", "failures_allowed"),
+)
 """Fields that a command line may set, as study.NAME=VALUE."""
+
+MOST_SEEDS = 1000
+"""Trainings of an arm with fresh seeds, at one opening of the test classes."""
+Rule = tuple[str, Any, str, bool]
+"""A field's name, its value, what it must be, and whether it is."""
 
 TINY_TRIALS, TINY_TEST_SEEDS = 4, 2
 TINY: Settings = {
@@ -34,7 +41,6 @@ TINY: Settings = {
     "network.embedding_size": 16,
     "network.generator_hidden": 32,
     "optim.epochs": 3,
-    "daml.pretrain_epochs": 1,
     "optim.steps_per_epoch": 4,
     "retrieval.clusterings": 1,
 }
@@ -101,35 +107,7 @@ class Study:
     """Share of the trials that may FAIL before the study itself counts as failed."""
 
     def __post_init__(self) -> None:
-        simple = len(self.goals) == 1 and not self.limits
-        for name, value, rule, holds in (
-            *((name, getattr(self, name), ">= 1", getattr(self, name) >= 1) for name in COUNTS),
-            *((name, getattr(self, name), "> 0", getattr(self, name) > 0) for name in AMOUNTS),
-            ("node_price", self.node_price, ">= 0", self.node_price >= 0),
-            ("node_price", self.node_price, "> 0 under a max_cost", self.node_price > 0 or self.max_cost == math.inf),
-            (
-                "test_seeds",
-                self.test_seeds,
-                "0 or >= 2, for an interval needs two",
-                self.test_seeds == 0 or self.test_seeds >= 2,
-            ),
-            *(
-                ("rivals", name, f"of {', '.join(self.arms)}", name in self.arms)
-                for pair in self.rivals.items()
-                for name in pair
-            ),
-            *(("goals", name, f"of {', '.join(GOALS)}", name in GOALS) for name in (*self.goals, *self.limits)),
-            ("goals", [*self.goals], f"one of {', '.join(VALIDATED)} first", self.goal in VALIDATED),
-            ("sampler", self.sampler, "another for several goals or limits", simple or self.sampler not in ONE_GOAL),
-            ("sampler", self.sampler, "another for several arms", not self.arms or self.sampler not in WHOLE),
-            (
-                "baseline",
-                self.baseline,
-                "None beside arms: make it one of them",
-                not self.arms or self.baseline is None,
-            ),
-            ("seed", self.seed, ">= 0", self.seed >= 0),
-        ):
+        for name, value, rule, holds in (*self._rules_of_amounts(), *self._rules_of_goals(), *self._rules_of_arms()):
             if not holds:
                 raise ConfigError(f"{name} of study {self.name!r} must be {rule}, got {value!r}")
         config = self.config()
@@ -147,6 +125,35 @@ class Study:
                     with_settings(of_arm, {**met(dimension), name: end})
         if self.baseline is not None:
             with_settings(config, self.baseline)
+
+    def _rules_of_amounts(self) -> Iterator[Rule]:
+        for name in COUNTS:
+            yield name, getattr(self, name), ">= 1", getattr(self, name) >= 1
+        for name in AMOUNTS:
+            yield name, getattr(self, name), "> 0", getattr(self, name) > 0
+        for name in ("node_price", "seed"):
+            yield name, getattr(self, name), ">= 0", getattr(self, name) >= 0
+        yield "node_price", self.node_price, "> 0 under a max_cost", self.node_price > 0 or self.max_cost == math.inf
+        seeds, compared = self.test_seeds, bool(self.arms) or self.baseline is not None
+        yield "test_seeds", seeds, f"0 or in [2, {MOST_SEEDS}]", seeds == 0 or 2 <= seeds <= MOST_SEEDS
+        yield "test_seeds", seeds, "0 where there is neither an arm nor a baseline to compare", seeds == 0 or compared
+
+    def _rules_of_goals(self) -> Iterator[Rule]:
+        for name in (*self.goals, *self.limits):
+            yield "goals", name, f"of {', '.join(GOALS)}", name in GOALS
+        yield "goals", [*self.goals], f"one of {', '.join(VALIDATED)} first", self.goal in VALIDATED
+        fits = self.sampler not in ONE_GOAL or (len(self.goals) == 1 and not self.limits)
+        yield "sampler", self.sampler, "another for several goals or limits", fits
+
+    def _rules_of_arms(self) -> Iterator[Rule]:
+        for name in (*self.rivals, *self.rivals.values()):
+            yield "rivals", name, f"of the arms [{', '.join(self.arms)}]", name in self.arms
+        if self.arms:
+            yield "baseline", self.baseline, "None beside arms: make it one of them", self.baseline is None
+            for name in ("sampler", "pruner"):
+                yield name, getattr(self, name), "another for several arms", getattr(self, name) not in WHOLE
+            evenly = self.sampler == "grid" or self.trials % len(self.arms) == 0
+            yield "trials", self.trials, f"as many for each of the {len(self.arms)} arms", evenly
 
     @property
     def steps_are_parts(self) -> bool:
@@ -205,13 +212,16 @@ class Study:
         return [*self.published(), *(point for point in others if contains(self.search_space, point))]
 
     def fixed(self) -> dict[str, Any]:
-        """Every setting that is the same in all trials, in plain types, to be written down and compared."""
-        first, *others = map(to_settings, self.configs().values())
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in first.items()
-            if name not in self.space and all(other[name] == value for other in others)
-        }
+        """Every setting that no trial draws, in plain types, to be written down and compared; of several arms, that of
+        each where they differ.
+        """
+        of_arms = {arm: to_settings(config) for arm, config in self.configs().items()}
+        fixed: dict[str, Any] = {}
+        for name in [name for name in next(iter(of_arms.values())) if name not in self.space]:
+            values = {arm: settings[name] for arm, settings in of_arms.items()}
+            alike = len(set(values.values())) == 1
+            fixed |= {name: next(iter(values.values()))} if alike else {f"{arm}: {name}": values[arm] for arm in values}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fixed.items()}
 
 
 def parse_field(assignment: str) -> tuple[str, Any]:
@@ -226,9 +236,10 @@ def parse_field(assignment: str) -> tuple[str, Any]:
     hint = get_type_hints(Study)[name]
     choices = get_args(hint) if get_origin(hint) is Literal else None
     try:
-        value = text if choices else hint(text)
-    except ValueError as error:
-        raise ConfigError(f"study.{name} must be of type {hint.__name__}, got {text!r}") from error
+        value = text if choices else {"true": True, "false": False}[text.lower()] if hint is bool else hint(text)
+    except (ValueError, KeyError) as error:
+        wanted = "true or false" if hint is bool else f"of type {hint.__name__}"
+        raise ConfigError(f"study.{name} must be {wanted}, got {text!r}") from error
     if choices and value not in choices:
         raise ConfigError(f"study.{name} must be one of {', '.join(choices)}, got {text!r}")
     return name, value
@@ -264,5 +275,5 @@ def variant(
     default_name = study.name + ("" if data_name == own else f"-{data_name}") + ("-tiny" if tiny else "")
     if tiny:
         seeds = {"test_seeds": TINY_TEST_SEEDS} if study.test_seeds else {}
-        changes = {"trials": max(TINY_TRIALS, len(study.arms)), "folds": 1, "seeds": 1, **seeds, **changes}
+        changes = {"trials": len(study.arms) or TINY_TRIALS, "folds": 1, "seeds": 1, **seeds, **changes}
     return replace(study, name=name or default_name, base=base, **changes)

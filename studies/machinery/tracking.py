@@ -15,7 +15,7 @@ from typing import Any, Self
 from hdml_core.config import Setting
 from studies.machinery.experiment import Experiment, Machine, TrackerError, now
 from studies.machinery.ledger import ATTEMPTS, Row
-from studies.machinery.records import ARM, RUN_STATUS, TAG_ATTEMPT, Kind, Record, State, run_name
+from studies.machinery.records import ARM, RUN_STATUS, TAG_ATTEMPT, TAG_RECIPE, Kind, Record, State, run_name
 from studies.machinery.spool import REFUSED, Event, Spool, refused
 
 CHUNK = 100
@@ -71,7 +71,7 @@ class Recorder:
             attempt=row.notes[ATTEMPTS],
             began=int(1000 * row.began.timestamp()),
             name=run_name(kind, row.number, row.params),
-            tags={**self._tags, **({ARM: str(row.params[ARM])} if ARM in row.params else {})},
+            tags={**self._tags, **_of_arm(row, settings)},
             params={name: str(value) for name, value in settings.items()},
         )
 
@@ -158,6 +158,12 @@ class Recorder:
             (time.sleep if last else self._closed.wait)(pause)
         for each in self._spools:
             each.close()
+
+
+def _of_arm(row: Row, settings: Mapping[str, Setting]) -> dict[str, str]:
+    """What a trial's tags say of it that those of its study do not."""
+    arm = {ARM: str(row.params[ARM])} if ARM in row.params else {}
+    return arm | ({TAG_RECIPE: str(settings["recipe"])} if "recipe" in settings else {})
 
 
 def synchronise(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 
@@ -284,6 +285,7 @@ def _tags(job: Job) -> dict[str, str]:
 
 
 def _of_features(config: Config, rows: LabelledSet, device: torch.device) -> RetrievalReport:
-    y = normalize(torch.from_numpy(rows.values[rows.rows, 0]).to(device), dim=1)
+    everything, first = np.arange(len(rows)), np.zeros(len(rows), dtype=int)
+    y = normalize(rows.take(everything, device, first), dim=1)
     labels = torch.from_numpy(rows.labels).to(device)
     return evaluate_retrieval(y, labels, config.retrieval.ks, config.retrieval.clusterings, config.seed)

@@ -69,13 +69,15 @@ def test_differences_that_are_all_equal_leave_no_test(ahead):
     assert confirm.NO_SPREAD in said
 
 
-def test_a_seed_counts_only_in_both_arms():
+def test_a_difference_is_over_the_seeds_that_ended_in_both():
     failed = row(9, "baseline", 2, None, "FAIL", "NonFiniteLossError: j_m is nan")
     rows = [*both_arms([0.5, 0.6], [0.4, 0.55]), row(8, "best", 2, 0.9), failed]
-    found = compare(rows, TWO)
-    assert found["nmi"].intervals["best"] == interval([0.5, 0.6])
-    said = confirm._said(opening(seeds=3), TWO, found, rows)
-    assert said[-1] == "left out in all arms: confirm 0009 arm=baseline seed=2: NonFiniteLossError: j_m is nan"
+    found = compare(rows, TWO)["nmi"]
+    assert found.intervals["best"] == interval([0.5, 0.6, 0.9])
+    assert found.intervals["difference"] == interval([0.5 - 0.4, 0.6 - 0.55])
+    said = confirm._said(opening(seeds=3), TWO, compare(rows, TWO), rows)
+    assert said[-1] == "left out: confirm 0009 arm=baseline seed=2: NonFiniteLossError: j_m is nan"
+    assert any(line.startswith("difference, 2 seeds") for line in said[3].splitlines())
     with pytest.raises(LedgerError, match=r"two seeds or more .* got 1: confirm 0009 .*: NonFinite.*--again"):
         compare([rows[0], rows[2], rows[-2], failed], TWO)
 
@@ -313,24 +315,27 @@ def test_the_best_trial_of_each_arm_is_opened_and_compared_with_its_rival(places
     assert trained.recorder.notes["confirm-1"][1]["test/nmi_hdml-plain_p_value"] > 0
 
 
-def test_an_arm_of_which_no_trial_ended_is_left_out(places, trained):
-    searched_arms(places, failing=("plain",))
+def test_an_arm_of_which_no_trial_ended_is_left_out_by_those_who_say_so(places, trained):
+    ledger = searched_arms(places, failing=("plain",))
+    assert close_study(ARMS, ledger, places).startswith(
+        "the test classes stay closed, for no trial is COMPLETE of plain:"
+    )
+    assert not trained.jobs
     said = confirm_study("arms", places, Asked(seeds=2))
-    assert "plain" not in said
+    assert "not opened, for no trial of theirs is COMPLETE: plain" in said
     assert len(trained.jobs) == 4
 
 
-def test_seeds_count_that_ended_in_every_arm_and_arms_of_which_two_did():
+def test_each_arm_has_its_own_seeds_and_each_difference_those_of_both():
     arms = {"a": Arm(None, "a"), "b": Arm(None, "b", "a"), "c": Arm(None, "c", "a")}
     rows = [row(i, arm, i // 3, 0.1 * i) for i, arm in enumerate("abc" * 3)]
     rows[2] = rows[2]._replace(state="FAIL")  # c has two seeds left
     found = compare(rows, arms)["nmi"]
-    assert {of.n for of in found.intervals.values()} == {2}
+    assert {name: of.n for name, of in found.intervals.items()} == {"a": 3, "b": 3, "c": 2, "b-a": 3, "c-a": 2}
     assert found.intervals["b-a"].mean == pytest.approx(0.1)
     rows[5] = rows[5]._replace(state="FAIL")  # and now one
     found = compare(rows, arms)["nmi"]
     assert set(found.intervals) == {"a", "b", "b-a"}
-    assert {of.n for of in found.intervals.values()} == {3}
 
 
 def test_several_arms_have_their_rivals_among_themselves(places, ledger, trained):
@@ -346,10 +351,29 @@ def test_a_study_may_end_by_opening_its_test_classes_once(places, trained):
     ledger = searched_arms(places)
     first = close_study(ARMS, ledger, places)
     assert len(trained.jobs) == 9
-    again = close_study(ARMS, ledger, places)
+    *again, when = close_study(ARMS, ledger, places).split("\n")
     assert len(trained.jobs) == 9
-    assert again in first
+    assert "\n".join(again) in first
+    assert when.endswith("of plain (0003), hdml (0004), daml (0005)")
     assert {opening.label for opening in openings(ledger)} == {"confirm-1"}
+
+
+def test_what_was_opened_keeps_its_names_when_the_study_is_extended(places, trained):
+    close_study(ARMS, searched_arms(places), places)
+    extended = dataclasses.replace(ARMS, trials=9)
+    said = close_study(extended, searched_arms(places, trials=9), places)
+    assert len(trained.jobs) == 9
+    assert "(0007)" not in said
+    assert said.endswith("of plain (0003), hdml (0004), daml (0005)")
+
+
+def test_a_study_is_closed_as_it_was_run(places, trained, monkeypatch):
+    ran = []
+    monkeypatch.setattr(confirm, "start_ray", lambda study: ran.append(study) or Resources(1, 0.0, 1, 1.0))
+    study = dataclasses.replace(ARMS, parallel=1, cpus_per_trial=2, hang_minutes=3.0)
+    close_study(study, searched_arms(places), places)
+    assert ran == [study]
+    assert {job.hang_seconds for job in trained.jobs} == {180.0}
 
 
 def test_such_an_end_that_was_broken_off_goes_on(places, trained):

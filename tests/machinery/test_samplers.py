@@ -135,21 +135,37 @@ def test_a_trial_that_is_tried_again_counts_once_for_its_arm():
     assert suggest(ask(study, "random", ARMS), ARMS)["arm"] == "down"
 
 
-def test_a_trial_is_given_up_by_what_its_own_arm_reached():
-    study = optuna.create_study(direction="maximize", pruner=make_pruner("median", 9))
+@pytest.mark.parametrize("pruner", [name for name in PRUNERS if name not in (*samplers.WHOLE, "none")])
+def test_a_trial_is_given_up_by_what_its_own_arm_reached(pruner):
+    study = optuna.create_study(direction="maximize", pruner=make_pruner(pruner, 8))
 
-    def run(arm, heights):
+    def prunes(arm, level):
+        """Whether a trial of that arm which keeps to a level is given up on its way."""
         study.enqueue_trial({"arm": arm})
         trial = ask(study, "random", ARMS)
         suggest(trial, {"arm": ARMS["arm"]})
-        for step, height in enumerate(heights):
-            trial.report(height, step)
-        return trial
+        for step in range(1, 9):
+            trial.report(level + 0.001 * step, step)
+            if trial.should_prune():
+                study.tell(trial, state=TrialState.PRUNED)
+                return True
+        study.tell(trial, level)
+        return False
 
-    for arm, height in [("up", 1.0), ("still", 0.1)] * 5:
-        study.tell(run(arm, [height] * 4), height)
-    assert not run("still", [0.2] * 4).should_prune()
-    assert run("up", [0.2] * 4).should_prune()
+    strong = [prunes("up", 1.0 + 0.1 * number) for number in range(6)]
+    weak = [prunes("still", 0.1 + 0.01 * number) for number in range(6)]
+    assert weak == strong
+    assert not any(weak)
+    assert prunes("up", 0.5)
+    assert prunes("still", 0.01)
+
+
+def test_a_sobol_sequence_fills_the_space_of_every_arm_evenly():
+    study = search("qmc", ARMS, 48, lambda drawn: 0.0)
+    for arm, names in {"up": "xy", "down": "x"}.items():
+        points = [trial.params for trial in study.trials if trial.params["arm"] == arm]
+        for name in names:
+            assert sorted(int(16 * point[name]) for point in points) == list(range(16))
 
 
 @pytest.mark.parametrize("sampler", APART)

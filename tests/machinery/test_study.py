@@ -98,15 +98,18 @@ def test_points_outside_the_space_are_not_tried_first():
         ({"limits": {"cost/pace": 1.0}}, "goals of study 'question' must be of validation/.*, got 'cost/pace'"),
         ({"folds": 6}, "folds of study 'question' must be at most data.folds = 5, got 6"),
         ({"max_cost": 10.0}, "node_price of study 'question' must be > 0 under a max_cost, got 0.0"),
-        ({"test_seeds": 1}, "test_seeds of study 'question' must be 0 or >= 2, for an interval needs two, got 1"),
-        ({"rivals": {"a": "b"}}, "rivals of study 'question' must be of , got 'a'"),
+        ({"test_seeds": 1}, r"test_seeds of study 'question' must be 0 or in \[2, 1000\], got 1"),
+        ({"rivals": {"a": "b"}}, r"rivals of study 'question' must be of the arms \[\], got 'a'"),
         ({"arms": {"a": {"data.name": "sop"}}, "baseline": None}, "data.name of arm 'a' must be 'glyphs', got 'sop'"),
         ({"arms": {"a": {}}}, "baseline of study 'question' must be None beside arms: make it one of them, got"),
         ({"arms": {"a": {"hdml.alpha": -1.0}}, "baseline": None}, "hdml.alpha must be >= 0, got -1.0"),
+        ({"baseline": None, "test_seeds": 2}, "test_seeds .* must be 0 where there is neither an arm nor a baseline"),
         (
-            {"sampler": "nsga2", "arms": {"a": {}}},
-            "sampler of study 'question' must be another for several arms, got 'ns",
+            {"arms": {"a": {}, "b": {}}, "baseline": None, "trials": 3},
+            "trials .* as many for each of the 2 arms, got 3",
         ),
+        ({"pruner": "hyperband", "arms": {"a": {}}, "baseline": None}, "pruner .* must be another for several arms"),
+        ({"sampler": "nsga2", "arms": {"a": {}}, "baseline": None}, "sampler .* must be another for several arms"),
         ({"sampler": "cmaes", "goals": FRONT}, "sampler of study 'question' must be another for several goals"),
         ({"space": {"hdml.alhpa": LogUniform(0.1, 1.0)}}, "unknown setting 'hdml.alhpa'.*did you mean 'alpha'"),
         ({"space": {"hdml.alpha": Uniform(-1.0, 1.0)}}, "hdml.alpha must be >= 0, got -1.0"),
@@ -156,6 +159,12 @@ def test_an_arm_is_searched_over_what_it_reads():
     assert STUDY.search_space == STUDY.space
 
 
+def test_what_arms_differ_in_is_written_down_too():
+    fixed = ARMS.fixed()
+    assert (fixed["triplet: data.batch_size"], fixed["npair: data.batch_size"]) == (60, 64)
+    assert fixed["hdml_npair: synthesis"] == "hdml"
+
+
 def test_each_arm_begins_at_its_own_published_point():
     assert ARMS.first_points() == [
         {"arm": "triplet", "optim.lr_embedder": 1e-3, "loss.margin": 1.0},
@@ -175,7 +184,9 @@ def test_an_arm_brings_what_its_recipe_brings():
 
 
 def test_a_tiny_study_has_a_trial_for_each_arm_and_two_test_seeds():
-    many = replace(ARMS, arms={str(number): {"seed": number} for number in range(7)}, rivals={}, test_seeds=8, folds=5)
+    many = replace(
+        ARMS, arms={str(number): {"seed": number} for number in range(7)}, rivals={}, test_seeds=8, folds=5, trials=7
+    )
     tiny = variant(many, tiny=True)
     assert (tiny.trials, tiny.test_seeds, tiny.folds) == (7, 2, 1)
     assert variant(ARMS, tiny=True).test_seeds == 0
@@ -187,6 +198,7 @@ def test_a_tiny_study_has_a_trial_for_each_arm_and_two_test_seeds():
         ("study.prunner=median", r"unknown setting 'study.prunner': a study has \[trials, "),
         ("study.space=x", "unknown setting 'study.space'"),
         ("study.folds=two", "study.folds must be of type int, got 'two'"),
+        ("study.paper_mode=yes", "study.paper_mode must be true or false, got 'yes'"),
         ("study.pruner=asha", "study.pruner must be one of median, halving, .*, got 'asha'"),
     ],
 )

@@ -72,7 +72,7 @@ def test_each_network_is_moved_by_its_own_loss_only(loss):
 @pytest.mark.parametrize("epochs", [0, 1, 2])
 def test_it_pretrains_on_real_tuples_alone(epochs):
     plain = finished(small_config(synthesis="none")).reports
-    run = finished(small_config(**{"synthesis": "daml", "daml.pretrain_epochs": epochs}))
+    run = finished(small_config(**{"synthesis": "daml", "daml.pretrain_share": (epochs + 0.5) / 3}))
     assert [same(report) for report in run.reports[:epochs]] == [same(report) for report in plain[:epochs]]
     for report in run.reports[epochs:]:
         assert tuple(report.losses) == METHODS["daml"].losses._fields
@@ -81,7 +81,7 @@ def test_it_pretrains_on_real_tuples_alone(epochs):
 
 
 def test_the_generator_rests_while_the_metric_pretrains():
-    config = small_config(**{"synthesis": "daml", "daml.pretrain_epochs": 2})
+    config = small_config(**{"synthesis": "daml", "daml.pretrain_share": 0.7})
     assert [method_of(config, epoch) is METHODS["none"] for epoch in range(3)] == [True, True, False]
     train, rested = labelled(), []
     run, new = training.new_run(config, train), training.new_run(config, train)
@@ -95,6 +95,11 @@ def test_the_generator_rests_while_the_metric_pretrains():
 
 
 def test_the_generator_learns_to_make_hard_negatives():
-    losses = [report.losses for report in finished(small_config(**{"synthesis": "daml", "optim.epochs": 20})).reports]
+    losses = [
+        report.losses
+        for report in finished(
+            small_config(**{"synthesis": "daml", "optim.epochs": 20, "daml.pretrain_share": 0.0})
+        ).reports
+    ]
     assert losses[-1]["j_gen"] < 0.5 * losses[1]["j_gen"]
     assert losses[-1]["j_adv"] < 0.5 * losses[1]["j_adv"]
