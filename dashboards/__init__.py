@@ -1,4 +1,4 @@
-"""Tables and figures of what MLflow was told; of this project they may import `studies.machinery.records` alone."""
+"""Tables and figures of what MLflow was told; of the machinery they know the names and the intervals."""
 
 
 class DashboardError(ValueError):

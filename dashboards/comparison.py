@@ -100,7 +100,7 @@ def compare(tracker: Tracker, dataset: str, studies: Sequence[str] = ()) -> Comp
     """
     if dataset not in published() and dataset not in (known := tracker.datasets()):
         raise DashboardError(
-            f"unknown data set {dataset!r}: published or in MLflow are {among(dataset, [*published(), *known])}"
+            f"unknown data set {dataset!r}: published or in MLflow are {among(dataset, sorted({*published(), *known}))}"
         )
     arms: list[Arm] = []
     left_out: list[str] = []

@@ -165,7 +165,9 @@ def _curve(tracker: Tracker, study: StudyRuns, setting: str, trials: Sequence[Tr
     reached: dict[str, dict[float, list[float]]] = {}
     for run in trials:
         of_arm = reached.setdefault(run.arm or "", {})
-        of_arm.setdefault(float(run.params[setting]), []).extend(parts(tracker, run))
+        value = float(run.params[setting])
+        if value not in of_arm:  # drawn again, it would only be the same once more
+            of_arm[value] = parts(tracker, run)
     lines, levels = [], []
     for arm, by_value in reached.items():
         points = tuple((value, interval(by_value[value])) for value in sorted(by_value))

@@ -30,6 +30,8 @@ class Protocol(NamedTuple):
     image_size: str
     digest: str
     """Of the data."""
+    split: str
+    """What train and test share none of, where there is a choice."""
     image_side: str
     """Median of the shorter side of the images as they were found, in pixels; empty where that was not recorded."""
 
@@ -42,6 +44,7 @@ class Protocol(NamedTuple):
             f"{self.crop_size} of {self.image_size} px",
             f"images of {float(self.image_side):.0f} px" if self.image_side else "",
             f"data digest {self.digest[:DIGITS] or 'unknown'}",
+            f"disjoint by {self.split}" if self.split else "",
         )
         return ", ".join(filter(None, parts))
 
@@ -57,6 +60,7 @@ def protocol(run: TrialRun) -> Protocol:
         asked("data.crop_size", "?"),
         asked("data.image_size", "?"),
         run.tags.get(TAG_DATA, ""),
+        asked("data.disjoint_by", "") if asked("data.name") == "omniglot" else "",
         run.tags.get(TAG_IMAGE_SIDE, ""),
     )
 

@@ -18,7 +18,7 @@ from sqlalchemy import create_engine, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from dashboards import DashboardError
-from studies.machinery.records import ARM, TAG_KIND, TAG_STATE, TAG_STUDY
+from studies.machinery.records import ARM, NOTE, TAG_KIND, TAG_STATE, TAG_STUDY
 
 # What MLflow has to say of a tracker that fails is said here, in a line.
 for _name in ("mlflow", "alembic"):
@@ -66,6 +66,8 @@ class StudyRuns:
     name: str
     question: str
     runs: tuple[TrialRun, ...]
+    over: frozenset[str]
+    """Openings of the test classes of which all trainings have ended."""
 
     @property
     def title(self) -> str:
@@ -73,8 +75,9 @@ class StudyRuns:
         return self.question.strip().splitlines()[0]
 
     def opened(self) -> list[TrialRun]:
-        """The trainings of the newest opening of which one has ended; empty where there is none."""
-        newest = max((run.opening for run in self.runs if run.opening is not None and run.ended), default=None)
+        """The trainings of the newest opening that is over; empty where there is none."""
+        over = [run for run in self.runs if run.kind in self.over]
+        newest = max((run.opening for run in over if run.opening is not None and run.ended), default=None)
         return [run for run in self.runs if newest is not None and run.opening == newest]
 
 
@@ -108,11 +111,12 @@ class Tracker:
         if not parents:
             raise self._unknown(name)
         parent = max(parents, key=lambda run: run.info.start_time)
-        own = [_trial(run) for run in runs if run.data.tags.get(TAG_STUDY) == parent.data.tags[TAG_STUDY]]
+        own = [_trial(run) for run in runs if _is_of(run, parent)]
         return StudyRuns(
             name,
             parent.data.tags.get(MLFLOW_RUN_NOTE, name),
             tuple(sorted((run for run in own if run.params), key=lambda run: run.began)),
+            frozenset(run.info.run_name for run in runs if run.data.tags.get(TAG_KIND) == NOTE and _is_of(run, parent)),
         )
 
     def series(self, run: TrialRun, metric: str) -> list[float]:
@@ -183,6 +187,10 @@ def among(name: str, known: list[str]) -> str:
 def _masked(text: str) -> str:
     """An address, or what is said of it, without its password."""
     return re.sub(r":[^:/@\s]*@", ":***@", text)
+
+
+def _is_of(run: Run, parent: Run) -> bool:
+    return run.data.tags.get(TAG_STUDY) == parent.data.tags[TAG_STUDY]
 
 
 def _trial(run: Run) -> TrialRun:

@@ -171,7 +171,8 @@ def _figure(figure: Figure | None, sign: str = "") -> str:
 
 
 def _signed(of: Interval) -> str:
-    return ("+" if of.mean > 0 else "") + str(of)
+    sign = "+" if of.mean > 0 else ""
+    return sign + str(of).replace("-", "−")
 
 
 def _hours(arm: Arm) -> str:

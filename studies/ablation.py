@@ -12,16 +12,18 @@ Look:  python -m dashboards figure ablation
 from studies.machinery.cli import main
 from studies.machinery.study import Study
 
+HDML = {"synthesis": "hdml"}
+
 STUDY = Study(
     name="ablation",
     question=__doc__,
     base={"recipe": "paper", "loss.name": "npair"},
     arms={
-        "full": {},
-        "without J_soft": {"hdml.lambda_soft": 0.0},
-        "without J_recon": {"hdml.recon_weight": 0.0},
-        "without pulling": {"hdml.alpha": 0.0},
-        "generated roles": {"hdml.generated_roles": "all"},
+        "full": HDML,
+        "without J_soft": {**HDML, "hdml.lambda_soft": 0.0},
+        "without J_recon": {**HDML, "hdml.recon_weight": 0.0},
+        "without pulling": {**HDML, "hdml.alpha": 0.0},
+        "generated roles": {**HDML, "hdml.generated_roles": "all"},
         "baseline": {"synthesis": "none"},
     },
     space={},

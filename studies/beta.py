@@ -18,8 +18,8 @@ STUDY = Study(
     question=__doc__,
     base={"loss.name": "npair"},
     arms={
-        "paper": {"recipe": "paper"},
-        "authors": {"recipe": "authors"},
+        "paper": {"recipe": "paper", "synthesis": "hdml"},
+        "authors": {"recipe": "authors", "synthesis": "hdml"},
         "paper baseline": {"recipe": "paper", "synthesis": "none"},
         "authors baseline": {"recipe": "authors", "synthesis": "none"},
     },

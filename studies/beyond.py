@@ -11,6 +11,7 @@ Look:  python -m dashboards table cub200 --study table_cub200 --study beyond-cub
 """
 
 from studies.machinery.cli import main
+from studies.machinery.space import LogUniform
 from studies.machinery.study import Study
 from studies.machinery.tables import ROWS, TUNED
 
@@ -27,7 +28,7 @@ STUDY = Study(
     question=__doc__,
     arms=ARMS,
     rivals={f"hdml_{name}": name for name in PLAIN},
-    space=TUNED,
+    space={**TUNED, "optim.lr_loss": LogUniform(1e-4, 1e-1)},
     trials=12 * len(ARMS),
     test_seeds=8,
     paper_mode=True,

@@ -1,8 +1,8 @@
 """Does HDML converge to better embeddings, or only sooner or later than the loss it is built on?
 
-Zheng, Chen, Lu, Zhou, "Hardness-Aware Deep Metric Learning", CVPR 2019, section 4.3. Four methods train three times
-as long as usual and are validated after every epoch, with the same folds and seeds; the published settings unless
-others are given.
+Zheng, Chen, Lu, Zhou, "Hardness-Aware Deep Metric Learning", CVPR 2019, section 4.3. Four methods are
+validated after every epoch, with the same folds and seeds and the published settings unless others are given. On
+glyphs they train three times as long as usual; on other data say how long, or it is 18 epochs there too.
 
 Run:   python studies/convergence.py
        python studies/convergence.py --dataset cub200 --set optim.epochs=120

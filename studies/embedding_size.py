@@ -11,15 +11,12 @@ Look:  python -m dashboards figure embedding_size
 from studies.machinery.cli import main
 from studies.machinery.space import Choice
 from studies.machinery.study import Study
+from studies.machinery.tables import ROWS
 
 STUDY = Study(
     name="embedding_size",
     question=__doc__,
-    base={"loss.name": "npair"},
-    arms={
-        "hdml_npair": {},
-        "npair": {"synthesis": "none"},
-    },
+    arms={name: ROWS[name] for name in ("hdml_npair", "npair")},
     space={"network.embedding_size": Choice((16, 32, 64, 128, 256, 512))},
     trials=12,
     folds=5,

@@ -17,7 +17,7 @@ STUDY = Study(
     question=__doc__,
     base={"loss.name": "npair"},
     arms={
-        "hdml": {},
+        "hdml": {"synthesis": "hdml"},
         "baseline": {"synthesis": "none"},
     },
     space={"hdml.lambda_soft": Choice((0.0, 0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4))},

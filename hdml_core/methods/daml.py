@@ -21,8 +21,8 @@ def daml_losses(networks: Networks, batch: Batch, metric_loss: TupleLoss, config
     J_metric = J(T~), the metric loss with z_tilde in place of the negatives
 
     The metric sees synthetic negatives alone, as the paper has it [m]: J_m is reported beside them, and moves the
-    networks only in the epochs before, `daml.pretrain_share` of all, which are those of the plain method. d is that of the
-    embeddings as they are, whether the metric loss normalises them or not.
+    networks only in the epochs before, `daml.pretrain_share` of all, which are those of the plain method. d is that of
+    the embeddings as they are, whether the metric loss normalises them or not.
     """
     daml = config.daml
     y = networks.extractor(batch.x)

@@ -33,6 +33,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hdml_core.config import ConfigError
 from studies.machinery.records import (
+    NOTE,
     RUN_STATUS,
     SECONDS,
     TAG_ATTEMPT,
@@ -273,7 +274,7 @@ class Experiment:
 
     def _note(self, said: Said, name: str, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         run = self._only(f"attributes.run_name = '{name}' and tags.{TAG_STUDY} = '{self._study_id}'")
-        run = run or self._create(tags.get(TAG_KIND, "note"), None, said.time, name, tags)
+        run = run or self._create(tags.get(TAG_KIND, NOTE), None, said.time, name, tags)
         if run.info.status == "RUNNING":
             points = [Metric(key, value, run.info.start_time, 0) for key, value in metrics.items()]
             self._client.log_batch(run.info.run_id, points)

@@ -31,6 +31,9 @@ as `confirm-1`, or `paper-2`, where they were looked at after every epoch, as pu
 ARM = "arm"
 """Which of several variants side by side a trial is of: a parameter in the ledger, a tag in MLflow."""
 
+NOTE = "note"
+"""Kind of a run that is no trial's; one bears the name of an opening, once all of its trainings have ended."""
+
 # Metrics are split/name.
 TRAIN = "train"
 HARDNESS = "hardness"

@@ -32,7 +32,7 @@ TUNED: Space = {
     "optim.lr_extractor": LogUniform(1e-6, 1e-3),
     "optim.lr_embedder": LogUniform(1e-5, 1e-2),
     "loss.margin": LogUniform(0.1, 2.0),
-    "loss.threshold": LogUniform(0.3, 30.0),
+    "loss.threshold": LogUniform(1.1, 30.0),
     "loss.angle": Uniform(30.0, 55.0),
     "hdml.alpha": LogUniform(0.1, 1e4),
     "hdml.beta": LogUniform(0.1, 1e5),

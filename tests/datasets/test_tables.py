@@ -20,7 +20,7 @@ SMALL = {
     "network.weights": "",
     "network.embedding_size": 8,
     "network.generator_hidden": 8,
-    "optim.epochs": 1,
+    "optim.epochs": 2,
     "optim.steps_per_epoch": 1,
     "retrieval.clusterings": 1,
 }

@@ -182,6 +182,15 @@ def test_paper_mode_gives_the_honest_number_too(a_job):
     assert not [name for record in told[:-1] for name in record.metrics if name.startswith("test/")]
 
 
+def test_a_floor_is_the_same_of_rows_kept_on_the_device(a_job, opens):
+    opens(made(features=True))
+    (floor,) = records(vary(a_job, kind="floor"))
+    (resident,) = records(vary(a_job, kind="floor", settings=a_job.settings | {"data.resident": True}))
+    assert {n: v for n, v in floor.metrics.items() if "/" in n and not n.startswith("cost")} == {
+        n: v for n, v in resident.metrics.items() if not n.startswith("cost")
+    }
+
+
 def test_a_floor_is_measured_on_the_same_folds_as_the_trials(a_job, opens):
     opens(made(features=True))
     (over_both,) = records(vary(a_job, kind="floor", parts=({"data.fold": 0}, {"data.fold": 1})))
