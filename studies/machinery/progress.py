@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from studies.machinery.ledger import METRICS, PRICE, REASON, Ledger, Row, spent
-from studies.machinery.records import QUALITIES, TEST, VALIDATION, Kind, run_name, short, trial_id
+from studies.machinery.records import ARM, QUALITIES, TEST, VALIDATION, Kind, describe, run_name, short, trial_id
 from studies.machinery.study import Study
 
 
@@ -53,11 +53,16 @@ def summary(study: Study, ledgers: Mapping[Kind, Ledger], tracking_uri: str, out
     else:
         named["published point"] = next((row for row in rows if row.params in study.published()), None)
         named["best"] = ledgers["search"].best() if complete else None
-    parts = [name.rpartition(".")[2] for name in study.space]
+    # Arms read few of the settings each: they are told in a cell, not in a column for every setting.
+    parts = ["settings"] if study.arms else [name.rpartition(".")[2] for name in study.space]
     lines = []
     for name, row in named.items():
         if row is not None:
-            params = [short(row.params[setting]) if setting in row.params else "" for setting in study.space]
+            params = (
+                [describe({setting: value for setting, value in row.params.items() if setting != ARM})]
+                if study.arms
+                else [short(row.params[setting]) if setting in row.params else "" for setting in study.space]
+            )
             lines.append([name, trial_id(row.number) if row.params else "", *params, *_qualities(row), row.state])
     said = ["", table(["", "trial", *parts, *QUALITIES, "state"], lines), ""]
     floor = named.get("floor")

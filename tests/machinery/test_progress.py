@@ -56,3 +56,29 @@ def test_what_was_spent_is_told_in_all_for_a_trial_and_for_a_point_gained(said):
         "each trial 0.375 h of work, 0.188 GPU-h, cost 1.35; "
         "each point gained 0.150 h of work, 0.075 GPU-h, cost 0.54\n"
     ) in said
+
+
+def test_of_several_arms_the_best_trial_of_each_is_told_with_what_it_drew(begin, tmp_path):
+    study = Study(
+        "arms",
+        "Which?",
+        {"hdml.alpha": LogUniform(0.1, 300.0)},
+        arms={"hdml": {}, "npair": {"synthesis": "none"}},
+        trials=4,
+        test_seeds=2,
+    )
+    search = begin("arms", study.search_space)
+    for recall, point in [
+        (0.4, {"arm": "hdml", "hdml.alpha": 90.0}),
+        (0.6, {"arm": "hdml", "hdml.alpha": 1.0}),
+        (0.5, {"arm": "npair"}),
+    ]:
+        search.enqueue([point])
+        metrics = {f"validation/{quality}": recall for quality in QUALITIES}
+        search.end(search.next(9).number, "COMPLETE", [recall], **{METRICS: metrics})
+    said = summary(study, {"search": search}, "http://host", tmp_path)
+    lines = {line.split("  ")[0]: line.split() for line in said.split("\n")}
+    assert lines["hdml"] == ["hdml", "0001", "alpha=1", *["0.6000"] * 4, "COMPLETE"]
+    assert lines["npair"] == ["npair", "0002", *["0.5000"] * 4, "COMPLETE"]
+    assert "published point" not in said
+    assert "studies confirm" not in said
