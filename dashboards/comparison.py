@@ -10,10 +10,10 @@ from dashboards.protocol import Protocol, protocol
 from dashboards.published import Figure, method_name, published, rank, rival
 from dashboards.runs import DATA, StudyRuns, Tracker, TrialRun, among
 from studies.machinery.intervals import Interval, interval, paired
-from studies.machinery.records import GPU_SECONDS, PAPER, SECONDS, TAG_REASON, TEST
+from studies.machinery.records import GPU_SECONDS, PAPER, QUALITIES, SECONDS, TAG_REASON, TEST
 
 FLOOR = "floor"
-GOAL = "recall_at_1"
+GOAL = QUALITIES[0]
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def page(of: Comparison) -> Page:
         [
             _honest(of, marks),
             *_gains(of, trained, marks),
-            *_paper_mode(of, trained, marks),
+            *_paper_mode(of, marks),
             _costs(trained, marks),
         ],
         notes,
@@ -76,19 +76,27 @@ def as_csv(of: Comparison) -> str:
 def _honest(of: Comparison, marks: Mapping[Protocol, str]) -> Table:
     rows = []
     for method in of.methods:
-        figures = of.figures.get(method)
-        lines = [["published", *(_figure(figures.get(metric)) for metric in of.metrics), ""]] if figures else []
+        lines = []
         for arm in of.of(method):
             means = [str(arm.honest(metric) or NOTHING) for metric in of.metrics]
             lines.append([_source(arm, marks), *means, str(len(arm.trainings))])
-        names = [method_name(method), *[""] * (len(lines) - 1)]
-        rows += [[name, *line] for name, line in zip(names, lines, strict=True)]
+        rows += _beside_published(of, method, lines, [""])
     return Table(
         "Honest numbers beside published ones",
         ["method", "source", *map(metric_name, of.metrics), "seeds"],
         rows,
         ABOUT,
     )
+
+
+def _beside_published(
+    of: Comparison, method: str, lines: Sequence[Sequence[str]], rest: Sequence[str] = ()
+) -> list[list[str]]:
+    """Put what was published of a method above its lines, and its name before the first."""
+    figures = of.figures.get(method)
+    published = [["published", *(_figure(figures.get(metric)) for metric in of.metrics), *rest]] if figures else []
+    names = [method_name(method), *[""] * (len(published) + len(lines) - 1)]
+    return [[name, *line] for name, line in zip(names, [*published, *lines], strict=True)]
 
 
 def _gains(of: Comparison, arms: Sequence[Arm], marks: Mapping[Protocol, str]) -> list[Table]:
@@ -104,14 +112,18 @@ def _gains(of: Comparison, arms: Sequence[Arm], marks: Mapping[Protocol, str]) -
     return [Table(f"{metric_name(GOAL)} gained over the loss built on", head, rows, PAIRED)] if rows else []
 
 
-def _paper_mode(of: Comparison, arms: Sequence[Arm], marks: Mapping[Protocol, str]) -> list[Table]:
+def _paper_mode(of: Comparison, marks: Mapping[Protocol, str]) -> list[Table]:
     """Return the table of paper mode, where some arm was measured so."""
     rows = []
-    for arm in arms:
-        means = [arm.paper_mode(metric) for metric in of.metrics]
-        if any(mean is not None for mean in means):
-            cells = [NOTHING if mean is None else f"{100 * mean:.2f}" for mean in means]
-            rows.append([method_name(arm.method), _source(arm, marks), *cells])
+    for method in of.methods:
+        lines = []
+        for arm in of.of(method):
+            means = [arm.paper_mode(metric) for metric in of.metrics]
+            if any(mean is not None for mean in means):
+                cells = [NOTHING if mean is None else f"{100 * mean:.2f}" for mean in means]
+                lines.append([_source(arm, marks), *cells])
+        if lines:
+            rows += _beside_published(of, method, lines)
     head = ["method", "source", *map(metric_name, of.metrics)]
     return [Table("Paper mode", head, rows, PAPER_MODE)] if rows else []
 
