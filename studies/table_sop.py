@@ -1,29 +1,18 @@
 """How do the methods of the paper's table compare on products they have never seen, all tuned with equal budgets?
 
-Zheng, Chen, Lu, Zhou, "Hardness-Aware Deep Metric Learning", CVPR 2019, table 4: eleven methods. Each is tuned with
-the same number of trials on a validation fold of the training classes, then trained anew with fresh seeds on all of
-them and measured on the test classes, once; paper mode, in which the test classes choose an epoch, stands beside
-that.
+Zheng, Chen, Lu, Zhou, "Hardness-Aware Deep Metric Learning", CVPR 2019, the table on Stanford Online Products: eleven
+methods. Each is tuned with the same number of trials on a validation fold of the training classes, then trained anew
+with fresh seeds on all of them and measured on the test classes, once; paper mode, in which the test classes choose
+an epoch, stands beside that.
 
 Run:   python studies/table_sop.py
 Look:  python -m dashboards table sop
 """
 
 from studies.machinery.cli import main
-from studies.machinery.study import Study
-from studies.machinery.tables import RIVALS, ROWS, TUNED
+from studies.machinery.tables import table
 
-STUDY = Study(
-    name="table_sop",
-    question=__doc__,
-    base={"recipe": "paper", "data.name": "sop"},
-    arms=ROWS,
-    rivals=RIVALS,
-    space=TUNED,
-    trials=12 * len(ROWS),
-    test_seeds=8,
-    paper_mode=True,
-)
+STUDY = table("sop", __doc__)
 
 if __name__ == "__main__":
     raise SystemExit(main(STUDY))

@@ -1,4 +1,4 @@
-"""The rows of the paper's tables 2 to 4, and what is tuned of them.
+"""The paper's tables as studies: their rows, and what is tuned of them.
 
 A method is a loss and where its negatives come from; names are those of the published figures. Of TUNED each has what
 it reads.
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from hdml_core.config import Settings
 from studies.machinery.space import LogUniform, Space, Uniform
+from studies.machinery.study import Study
 
 ROWS: Mapping[str, Settings] = {
     "contrastive": {"loss.name": "contrastive", "synthesis": "none"},
@@ -38,3 +39,18 @@ TUNED: Space = {
     "hdml.beta": LogUniform(0.1, 1e5),
     "daml.lambda_adv": LogUniform(1.0, 1e3),
 }
+
+
+def table(dataset: str, question: str) -> Study:
+    """Return the study of a data set's table: every row tuned with the same budget, then opened with fresh seeds."""
+    return Study(
+        name=f"table_{dataset}",
+        question=question,
+        base={"recipe": "paper", "data.name": dataset},
+        arms=ROWS,
+        rivals=RIVALS,
+        space=TUNED,
+        trials=12 * len(ROWS),
+        test_seeds=8,
+        paper_mode=True,
+    )
