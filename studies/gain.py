@@ -1,8 +1,8 @@
 """What does hardness-aware synthesis gain over the metric loss it is built on, when both are tuned with equal budgets?
 
-Zheng, Chen, Lu, Zhou, "Hardness-Aware Deep Metric Learning", CVPR 2019, its tables of results: HDML above its
-own baseline on every data set. Here both schedule factors and the learning rate are searched; `baseline` gives the plain loss the same
-number of trials, and `confirm` puts the best of both side by side on the test classes.
+Zheng, Chen, Lu, Zhou, "Hardness-Aware Deep Metric Learning", CVPR 2019, its tables of results: HDML above its own
+baseline on every data set. Here both schedule factors and the learning rate are searched; `baseline` gives the plain
+loss the same number of trials, and `confirm` puts the best of both side by side on the test classes.
 
 Run:   python studies/gain.py
        python studies/baseline.py
