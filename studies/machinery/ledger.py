@@ -391,8 +391,7 @@ class Ledger:
 
 def _changes(begun: Mapping[str, Any], terms: Mapping[str, Any]) -> list[str]:
     """What makes trials incomparable, line by line; the question's wording does not."""
-    old = {**begun["settings"], **{name: begun.get(name) for name in COMPARED}}
-    new = {**terms["settings"], **{name: terms[name] for name in COMPARED}}
+    old, new = ({**of["settings"], **{name: of.get(name) or None for name in COMPARED}} for of in (begun, terms))
     return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in old | new if old.get(name) != new.get(name)
     ]
