@@ -10,26 +10,9 @@ Look:  python -m dashboards figure beta
 """
 
 from studies.machinery.cli import main
-from studies.machinery.space import Choice
-from studies.machinery.study import Study
+from studies.machinery.tables import BOTH_RECIPES, curve
 
-STUDY = Study(
-    name="beta",
-    question=__doc__,
-    base={"loss.name": "npair"},
-    arms={
-        "paper": {"recipe": "paper", "synthesis": "hdml"},
-        "authors": {"recipe": "authors", "synthesis": "hdml"},
-        "paper baseline": {"recipe": "paper", "synthesis": "none"},
-        "authors baseline": {"recipe": "authors", "synthesis": "none"},
-    },
-    space={"hdml.beta": Choice((0.0, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5))},
-    trials=18,
-    folds=5,
-    seeds=2,
-    sampler="grid",
-    pruner="none",
-)
+STUDY = curve("beta", __doc__, "hdml.beta", (0.0, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5), BOTH_RECIPES)
 
 if __name__ == "__main__":
     raise SystemExit(main(STUDY))

@@ -9,21 +9,10 @@ Look:  python -m dashboards figure embedding_size
 """
 
 from studies.machinery.cli import main
-from studies.machinery.space import Choice
-from studies.machinery.study import Study
-from studies.machinery.tables import ROWS
+from studies.machinery.tables import ROWS, curve
 
-STUDY = Study(
-    name="embedding_size",
-    question=__doc__,
-    arms={name: ROWS[name] for name in ("hdml_npair", "npair")},
-    space={"network.embedding_size": Choice((16, 32, 64, 128, 256, 512))},
-    trials=12,
-    folds=5,
-    seeds=2,
-    sampler="grid",
-    pruner="none",
-)
+ARMS = {name: ROWS[name] for name in ("hdml_npair", "npair")}
+STUDY = curve("embedding_size", __doc__, "network.embedding_size", (16, 32, 64, 128, 256, 512), ARMS)
 
 if __name__ == "__main__":
     raise SystemExit(main(STUDY))

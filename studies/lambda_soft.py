@@ -9,24 +9,10 @@ Look:  python -m dashboards figure lambda_soft
 """
 
 from studies.machinery.cli import main
-from studies.machinery.space import Choice
-from studies.machinery.study import Study
+from studies.machinery.tables import curve
 
-STUDY = Study(
-    name="lambda_soft",
-    question=__doc__,
-    base={"loss.name": "npair"},
-    arms={
-        "hdml": {"synthesis": "hdml"},
-        "baseline": {"synthesis": "none"},
-    },
-    space={"hdml.lambda_soft": Choice((0.0, 0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4))},
-    trials=9,
-    folds=5,
-    seeds=2,
-    sampler="grid",
-    pruner="none",
-)
+ARMS = {"hdml": {"synthesis": "hdml"}, "baseline": {"synthesis": "none"}}
+STUDY = curve("lambda_soft", __doc__, "hdml.lambda_soft", (0.0, 0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4), ARMS)
 
 if __name__ == "__main__":
     raise SystemExit(main(STUDY))

@@ -10,25 +10,10 @@ Look:  python -m dashboards figure pulling_factor
 """
 
 from studies.machinery.cli import main
-from studies.machinery.space import Choice
-from studies.machinery.study import Study
+from studies.machinery.tables import BOTH_RECIPES, curve
 
-STUDY = Study(
-    name="pulling_factor",
-    question=__doc__,
-    base={"loss.name": "npair"},
-    arms={
-        "paper": {"recipe": "paper", "synthesis": "hdml"},
-        "authors": {"recipe": "authors", "synthesis": "hdml"},
-        "paper baseline": {"recipe": "paper", "synthesis": "none"},
-        "authors baseline": {"recipe": "authors", "synthesis": "none"},
-    },
-    space={"hdml.alpha": Choice((0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 90.0, 300.0, 1000.0))},
-    trials=22,
-    folds=5,
-    seeds=2,
-    sampler="grid",
-    pruner="none",
+STUDY = curve(
+    "pulling_factor", __doc__, "hdml.alpha", (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 90.0, 300.0, 1000.0), BOTH_RECIPES
 )
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ see `audit`.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from scipy.stats import ttest_rel
@@ -18,7 +17,7 @@ from scipy.stats import ttest_rel
 from hdml_core.config import Config, ConfigError, Setting, to_settings, with_settings
 from studies.machinery.audit import Opening, new_opening, now, opened, openings
 from studies.machinery.driver import Places, Resources, commit, execute, prepare, recording, start_ray
-from studies.machinery.intervals import Interval, interval
+from studies.machinery.intervals import Interval, interval, paired
 from studies.machinery.lease import Lease
 from studies.machinery.ledger import ATTEMPTS, CHECKPOINTS, METRICS, REASON, TERMS, Ledger, Row, existing
 from studies.machinery.progress import table
@@ -160,41 +159,39 @@ def compare(rows: Sequence[Row], arms: Mapping[str, Arm], paper_mode: bool = Fal
     for row in rows:
         if row.state == "COMPLETE":
             metrics[str(row.params[ARM])][row.params["seed"]] = row.notes[METRICS]
-    measured = {arm: of for arm, of in metrics.items() if len(of) >= 2}
-    shared = {
-        (arm, its.rival): sorted(metrics[arm].keys() & metrics[its.rival].keys())
-        for arm, its in arms.items()
-        if its.rival in arms
-    }
-    most = len(shared[BEST, BASELINE]) if (BEST, BASELINE) in shared else max(map(len, metrics.values()))
+    alone = arms.keys() == {BEST, BASELINE}
+    most = len(metrics[BEST].keys() & metrics[BASELINE].keys()) if alone else max(map(len, metrics.values()))
     if most < 2:
         raise LedgerError(
             f"two seeds or more must have trained to the end, got {most}: {_failures(rows)}. "
             "--again opens the test classes once more"
         )
+    measured = {arm: of for arm, of in metrics.items() if len(of) >= 2}
+    rivals = {arm: its.rival for arm, its in arms.items() if arm in measured and its.rival in measured}
+
+    def by_seed(name: str) -> dict[str, dict[Any, float]]:
+        return {arm: {seed: of[name] for seed, of in seeds.items()} for arm, seeds in measured.items()}
 
     def compared(quality: str) -> Comparison:
-        honest, chosen = f"{TEST}/{quality}", f"{PAPER}/{quality}"
-        intervals = {arm: interval([of[honest] for of in by_seed.values()]) for arm, by_seed in measured.items()}
-        paper = {arm: fmean(of.get(chosen, math.nan) for of in by_seed.values()) for arm, by_seed in measured.items()}
+        honest, chosen = by_seed(f"{TEST}/{quality}"), by_seed(f"{PAPER}/{quality}") if paper_mode else {}
+        intervals = {arm: interval([*of.values()]) for arm, of in honest.items()}
+        paper = {arm: fmean(of.values()) for arm, of in chosen.items()}
         p_values = {}
-        for (arm, rival), seeds in shared.items():
-            if len(seeds) >= 2:
-                name = arms[arm].difference(arm)
-                ours, theirs = ([metrics[of][seed] for seed in seeds] for of in (arm, rival))
-                pairs = list(zip(ours, theirs, strict=True))
-                intervals[name] = interval([a[honest] - b[honest] for a, b in pairs])
-                p_values[name] = _p_value([a[honest] for a in ours], [b[honest] for b in theirs])
-                paper[name] = fmean(a.get(chosen, math.nan) - b.get(chosen, math.nan) for a, b in pairs)
-        return Comparison(intervals, p_values, paper if paper_mode else {})
+        for arm, rival in rivals.items():
+            name, difference = arms[arm].difference(arm), paired(honest[arm], honest[rival])
+            if difference is not None and difference.n >= 2:
+                intervals[name] = difference
+                p_values[name] = _p_value(honest[arm], honest[rival])
+                paper |= {name: cast(Interval, paired(chosen[arm], chosen[rival])).mean} if paper_mode else {}
+        return Comparison(intervals, p_values, paper)
 
     return {quality: compared(quality) for quality in QUALITIES}
 
 
-def _p_value(values: Sequence[float], rivals: Sequence[float]) -> float | None:
-    """Return that of the paired t-test, or None where there is no spread that it could go by."""
-    differences = np.subtract(values, rivals)
-    return float(ttest_rel(values, rivals).pvalue) if np.ptp(differences) > ALIKE else None
+def _p_value(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> float | None:
+    """Return that of the t-test paired by seed, or None where there is no spread that it could go by."""
+    a, b = ([of[seed] for seed in ours if seed in theirs] for of in (ours, theirs))
+    return float(ttest_rel(a, b).pvalue) if np.ptp(np.subtract(a, b)) > ALIKE else None
 
 
 def _study(ledger: Ledger, gpus_per_trial: float) -> Study:
@@ -207,7 +204,7 @@ def _study(ledger: Ledger, gpus_per_trial: float) -> Study:
         base=_settings(terms["base"]),
         arms={arm: _settings(settings) for arm, settings in terms.get("arms", {}).items()},
         rivals=terms.get("rivals", {}),
-        trials=max(1, len(terms.get("arms", {}))),
+        trials=len(terms.get("arms", {})) or 1,  # no search follows: as many as a study of these arms may have
         baseline=None if terms["baseline"] is None else _settings(terms["baseline"]),
         goals=terms["goals"],
         gpus_per_trial=gpus_per_trial,

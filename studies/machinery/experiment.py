@@ -142,7 +142,7 @@ class Experiment:
         Raises TrackerError where they have to wait; they may then have been taken in part.
         """
         with self._answering():
-            self._id = self._id or self._find_experiment() or self._client.create_experiment(self._study, self._place)
+            self._id = self._id or self._find_experiment() or self._make_experiment()
             try:
                 for event in events:
                     self._take(**event)
@@ -367,6 +367,15 @@ class Experiment:
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
+
+    def _make_experiment(self) -> str:
+        try:
+            return str(self._client.create_experiment(self._study, self._place))
+        except MlflowException as error:
+            # Another driver may have made it since it was looked for.
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or (found := self._find_experiment()) is None:
+                raise
+            return found
 
     @cached_property
     def _client(self) -> mlflow.MlflowClient:

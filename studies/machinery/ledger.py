@@ -24,7 +24,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from hdml_core.config import Setting
 from studies.machinery.lease import Lease
 from studies.machinery.records import ARM, FINISHED, GPU_SECONDS, SECONDS, Direction, State
-from studies.machinery.samplers import RETRY_OF, counted, exhausted, make_pruner, make_sampler
+from studies.machinery.samplers import RETRY_OF, counted, exhausted, make_pruner, make_sampler, within_limits
 from studies.machinery.space import Space, active, contains, from_json, suggest, widens
 from studies.machinery.storage import LedgerError, Storage, first_line
 
@@ -282,7 +282,7 @@ class Ledger:
 
     def ranked(self) -> list[Row]:
         """The COMPLETE trials within their limits, the best by the first goal first."""
-        complete = [t for t in self._trials() if t.state == TrialState.COMPLETE and _within_limits(t)]
+        complete = [t for t in self._trials() if t.state == TrialState.COMPLETE and within_limits(t)]
         return sorted(map(_row, complete), key=self._order)
 
     def best_of_arms(self) -> dict[str, Row]:
@@ -300,7 +300,7 @@ class Ledger:
     def front(self) -> list[Row]:
         """The finished trials that no other is better than in every goal, those above a limit left out."""
         complete = [trial for trial in self._trials() if trial.state == TrialState.COMPLETE]
-        if not any(_within_limits(trial) for trial in complete):
+        if not any(within_limits(trial) for trial in complete):
             return []
         return [_row(trial) for trial in self._study.best_trials]
 
@@ -408,7 +408,3 @@ def _row(trial: FrozenTrial) -> Row:
         dict(trial.user_attrs),
         trial.datetime_start,
     )
-
-
-def _within_limits(trial: FrozenTrial) -> bool:
-    return all(excess <= 0 for excess in trial.constraints.values())

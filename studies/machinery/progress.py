@@ -1,5 +1,6 @@
 """What a study says on the terminal: a line for every trial that ended, a bar, a table at the end."""
 
+import functools
 import os
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from studies.machinery.ledger import METRICS, PRICE, REASON, Ledger, Row, spent
 from studies.machinery.records import ARM, QUALITIES, TEST, VALIDATION, Kind, describe, run_name, short, trial_id
+from studies.machinery.space import Space
 from studies.machinery.study import Study
 
 
@@ -55,15 +57,12 @@ def summary(study: Study, ledgers: Mapping[Kind, Ledger], tracking_uri: str, out
         named["best"] = ledgers["search"].best() if complete else None
     # Arms read few of the settings each: they are told in a cell, not in a column for every setting.
     parts = ["settings"] if study.arms else [name.rpartition(".")[2] for name in study.space]
-    lines = []
-    for name, row in named.items():
-        if row is not None:
-            params = (
-                [describe({setting: value for setting, value in row.params.items() if setting != ARM})]
-                if study.arms
-                else [short(row.params[setting]) if setting in row.params else "" for setting in study.space]
-            )
-            lines.append([name, trial_id(row.number) if row.params else "", *params, *_qualities(row), row.state])
+    cells = _settings_of_arm if study.arms else functools.partial(_settings, study.space)
+    lines = [
+        [name, trial_id(row.number) if row.params else "", *cells(row), *_qualities(row), row.state]
+        for name, row in named.items()
+        if row is not None
+    ]
     said = ["", table(["", "trial", *parts, *QUALITIES, "state"], lines), ""]
     floor = named.get("floor")
     if floor is not None and floor.state == "COMPLETE":
@@ -113,6 +112,14 @@ def _gain(before: Sequence[Ledger], search: Ledger) -> float:
     rivals = [ledger.ranked()[0].values[0] for ledger in before if ledger.ranked()]
     best = [row.values[0] for row in search.ranked()[:1]]
     return 100 * (best[0] - max(rivals)) if best and rivals else 0.0
+
+
+def _settings(space: Space, row: Row) -> list[str]:
+    return [short(row.params[name]) if name in row.params else "" for name in space]
+
+
+def _settings_of_arm(row: Row) -> list[str]:
+    return [describe({name: value for name, value in row.params.items() if name != ARM})]
 
 
 def _qualities(row: Row) -> list[str]:

@@ -197,9 +197,9 @@ class OneArm(Study):
         return [trial for trial in super()._get_trials(deepcopy, states, use_cache) if arm_of(trial) == self._arm]
 
     def _get_best_trial(self, deepcopy: bool) -> FrozenTrial:
-        complete = self._get_trials(deepcopy, (TrialState.COMPLETE,))
+        complete = [trial for trial in self._get_trials(deepcopy, (TrialState.COMPLETE,)) if within_limits(trial)]
         if not complete:
-            raise ValueError("no trial of the arm is COMPLETE")
+            raise ValueError("no trial of the arm is COMPLETE within its limits")
         sign = 1 if self.direction == StudyDirection.MAXIMIZE else -1
         return max(complete, key=lambda trial: sign * trial.values[0])
 
@@ -263,6 +263,11 @@ def counted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The trials that count toward a budget: those that FAILed and are tried again do not."""
     retried = {trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs}
     return [trial for trial in trials if trial.number not in retried]
+
+
+def within_limits(trial: FrozenTrial) -> bool:
+    """Whether a trial is above none of the study's limits."""
+    return all(excess <= 0 for excess in trial.constraints.values())
 
 
 def wilcoxon() -> BasePruner:

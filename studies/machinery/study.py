@@ -24,9 +24,8 @@ Pruner = Literal["median", "halving", "hyperband", "wilcoxon", "none"]
 
 COUNTS = ("trials", "folds", "seeds", "parallel", "cpus_per_trial", "max_attempts")
 AMOUNTS = ("hours", "gpu_hours", "max_cost", "gpus_per_trial", "hang_minutes", "disk_gb")
-SETTABLE = (
-    *(*COUNTS, *AMOUNTS, "test_seeds", "paper_mode", "node_price", "sampler", "pruner", "seed", "failures_allowed"),
-)
+NOT_NEGATIVE = ("node_price", "seed")
+SETTABLE = (*COUNTS, *AMOUNTS, *NOT_NEGATIVE, "test_seeds", "paper_mode", "sampler", "pruner", "failures_allowed")
 """Fields that a command line may set, as study.NAME=VALUE."""
 
 MOST_SEEDS = 1000
@@ -131,7 +130,7 @@ class Study:
             yield name, getattr(self, name), ">= 1", getattr(self, name) >= 1
         for name in AMOUNTS:
             yield name, getattr(self, name), "> 0", getattr(self, name) > 0
-        for name in ("node_price", "seed"):
+        for name in NOT_NEGATIVE:
             yield name, getattr(self, name), ">= 0", getattr(self, name) >= 0
         yield "node_price", self.node_price, "> 0 under a max_cost", self.node_price > 0 or self.max_cost == math.inf
         seeds, compared = self.test_seeds, bool(self.arms) or self.baseline is not None
@@ -203,13 +202,16 @@ class Study:
 
     def published(self) -> list[Settings]:
         """The base's own point of the space, of each arm: what recipe, data set and loss were published with."""
-        points = [{ARM: arm, **to_settings(config)} for arm, config in self.configs().items()]
-        return [active(self.search_space, point) for point in points if contains(self.search_space, point)]
+        return self._inside([{ARM: arm, **to_settings(config)} for arm, config in self.configs().items()])
 
     def first_points(self) -> list[Settings]:
         """The points to try first, those that the space has."""
-        others = [active(self.search_space, point) for point in self.points]
-        return [*self.published(), *(point for point in others if contains(self.search_space, point))]
+        return [*self.published(), *self._inside(self.points)]
+
+    def _inside(self, points: Sequence[Settings]) -> list[Settings]:
+        """What is searched of those points that the space has."""
+        space = self.search_space
+        return [active(space, point) for point in points if contains(space, point)]
 
     def fixed(self) -> dict[str, Any]:
         """Every setting that no trial draws, in plain types, to be written down and compared; of several arms, that of

@@ -1,13 +1,15 @@
-"""The paper's tables as studies: their rows, and what is tuned of them.
+"""The paper's tables and curves as studies: rows and what is tuned of them, and a setting drawn over its values.
 
 A method is a loss and where its negatives come from; names are those of the published figures. Of TUNED each has what
 it reads.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hdml_core.config import Settings
-from studies.machinery.space import LogUniform, Space, Uniform
+from studies.machinery.samplers import grid
+from studies.machinery.space import Choice, LogUniform, Space, Uniform
 from studies.machinery.study import Study
 
 ROWS: Mapping[str, Settings] = {
@@ -29,6 +31,13 @@ RIVALS: Mapping[str, str] = {
     "daml_npair": "npair",
     "hdml_npair": "npair",
 }
+BOTH_RECIPES: Mapping[str, Settings] = {
+    "paper": {"recipe": "paper", "synthesis": "hdml"},
+    "authors": {"recipe": "authors", "synthesis": "hdml"},
+    "paper baseline": {"recipe": "paper", "synthesis": "none"},
+    "authors baseline": {"recipe": "authors", "synthesis": "none"},
+}
+"""HDML as both have it, each with its own baseline; for one loss."""
 TUNED: Space = {
     "optim.lr_extractor": LogUniform(1e-6, 1e-3),
     "optim.lr_embedder": LogUniform(1e-5, 1e-2),
@@ -54,3 +63,21 @@ def table(dataset: str, question: str) -> Study:
         test_seeds=8,
         paper_mode=True,
     )
+
+
+def curve(
+    name: str, question: str, setting: str, values: tuple[int | float, ...], arms: Mapping[str, Settings]
+) -> Study:
+    """Return the study of a setting's curve with N-pair: each arm that reads it, at all values, on every fold."""
+    study = Study(
+        name=name,
+        question=question,
+        base={"loss.name": "npair"},
+        arms=arms,
+        space={setting: Choice(values)},
+        folds=5,
+        seeds=2,
+        sampler="grid",
+        pruner="none",
+    )
+    return replace(study, trials=len(grid(study.search_space)))

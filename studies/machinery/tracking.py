@@ -71,7 +71,7 @@ class Recorder:
             attempt=row.notes[ATTEMPTS],
             began=int(1000 * row.began.timestamp()),
             name=run_name(kind, row.number, row.params),
-            tags={**self._tags, **_of_arm(row, settings)},
+            tags={**self._tags, **_own_tags(row, settings)},
             params={name: str(value) for name, value in settings.items()},
         )
 
@@ -160,7 +160,7 @@ class Recorder:
             each.close()
 
 
-def _of_arm(row: Row, settings: Mapping[str, Setting]) -> dict[str, str]:
+def _own_tags(row: Row, settings: Mapping[str, Setting]) -> dict[str, str]:
     """What a trial's tags say of it that those of its study do not."""
     arm = {ARM: str(row.params[ARM])} if ARM in row.params else {}
     return arm | ({TAG_RECIPE: str(settings["recipe"])} if "recipe" in settings else {})

@@ -347,6 +347,16 @@ def test_of_two_drivers_the_one_that_lives_ends_the_study(place):
     assert place.statuses() == {("study", None): "FINISHED", ("search", 0): "FINISHED", ("search", 1): "KILLED"}
 
 
+def test_an_experiment_that_another_driver_made_since_it_was_looked_for_is_taken(place, monkeypatch):
+    with place.opened() as recorder:
+        sent(recorder)
+    experiment, looks = place.experiment(), []
+    find = experiment._find_experiment
+    monkeypatch.setattr(experiment, "_find_experiment", lambda: looks.append(find()) if not looks else find())
+    assert experiment.tell([]) == []
+    assert experiment._id == looks[0]
+
+
 def test_a_living_driver_is_left_to_send_what_is_its_own(place, capsys):
     with place.opened() as recorder:
         trial(recorder, state=None)
