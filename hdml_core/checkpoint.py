@@ -7,15 +7,15 @@ name, flushed and renamed; the one before it stays, and `load` falls back to it 
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from hdml_core import whole
 from hdml_core.config import to_settings
 from hdml_core.notation import Averages, EpochReport, RetrievalReport
 from hdml_core.training import Run
@@ -29,38 +29,25 @@ class CheckpointError(RuntimeError):
     """Checkpoints are there and none can be used, or one is of another run."""
 
 
-def save(run: Run, folder: Path) -> None:
-    """Write the run as it is into `folder`, and drop all but the newest two checkpoints there.
+def save(run: Run, folder: Path) -> Path:
+    """Write the run as it is into `folder`, and drop all but the newest two checkpoints there; return the new one.
 
     Raises OSError (no space left, read-only) with the folder as it was before.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".writing-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir()
-        state = aside / "state.safetensors"
-        save_file({name: value.contiguous() for name, value in _tensors(run).items()}, state)
-        record = {
-            "settings": to_settings(run.config),
-            "epoch": run.epoch,
-            "step": run.step,
-            "window_steps": run.averages.steps,
-            "reports": [_to_json(report) for report in run.reports],
-        }
-        record["sha256"] = _checksum(record, state.read_bytes())
-        (aside / "run.json").write_text(json.dumps(record))
-        for path in (*aside.iterdir(), aside):
-            _flush(path)
-        target = folder / f"epoch-{run.epoch:05d}"
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _flush(folder)
+    state = to_bytes({name: value.contiguous() for name, value in _tensors(run).items()})
+    record = {
+        "settings": to_settings(run.config),
+        "epoch": run.epoch,
+        "step": run.step,
+        "window_steps": run.averages.steps,
+        "reports": [_to_json(report) for report in run.reports],
+    }
+    record["sha256"] = _checksum(record, state)
+    target = folder / f"epoch-{run.epoch:05d}"
+    whole.put(target, {"state.safetensors": state, "run.json": json.dumps(record).encode()})
     for old in _newest_first(folder)[KEPT:]:
         shutil.rmtree(old)
+    return target
 
 
 def load(run: Run, folder: Path) -> bool:
@@ -163,11 +150,3 @@ def _from_json(record: dict[str, Any]) -> EpochReport:
         validation = RetrievalReport(**validation | {"recall_at": recall_at})
     trace = {name: tuple(values) for name, values in record["trace"].items()}
     return EpochReport(**record | {"trace": trace, "validation": validation})
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -43,7 +43,16 @@ FLOORS = (
 # Who may import a library; everyone may import a library that is not named here.
 DOORS = {
     "torch": ("hdml_core", "studies.machinery"),
-    "ray": ("studies.machinery.driver", "studies.machinery.search", "studies.machinery.worker"),
+    "ray": (
+        "studies.machinery.driver",
+        "studies.machinery.resources",
+        "studies.machinery.search",
+        "studies.machinery.worker",
+        "studies.machinery.store",
+        "studies.machinery.postmortem",
+        "cluster.check",
+        "cluster.doctor",
+    ),
     "mlflow": ("studies.machinery.experiment", "dashboards.runs"),
     "optuna": (
         "studies.machinery.space",

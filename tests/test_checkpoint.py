@@ -90,7 +90,7 @@ def test_a_failed_write_leaves_what_was_there(saved, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint.whole, "_flush", full)
     saved.epoch += 1
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(saved, tmp_path)

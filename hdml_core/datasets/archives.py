@@ -1,7 +1,13 @@
-"""Archives in the data root: found under their official names, downloaded where they still can be, read in order."""
+"""Archives in the data root: found under their official names, fetched where they still can be, read in order.
+
+What a machine's data root lacks it looks for in HDML_ARCHIVES: a folder that machines share, read from where it lies,
+or an address such as s3://BUCKET/FOLDER or gs://BUCKET/FOLDER, from which each machine fetches what it needs, once.
+"""
 
 import hashlib
 import http.client
+import os
+import shutil
 import tarfile
 import zipfile
 import zlib
@@ -33,10 +39,23 @@ class Archive:
 
 
 def find(root: Path, archive: Archive) -> Path | None:
-    """Return the archive in the data root, or the folder that it unpacks to, or None."""
-    if (root / archive.file).is_file():
-        return root / archive.file
-    return root / archive.folder if (root / archive.folder).is_dir() else None
+    """Return the archive, or the folder that it unpacks to, as `held` finds them, or None."""
+    return held(root, archive.file) or held(root, archive.folder)
+
+
+def held(root: Path, name: str) -> Path | None:
+    """Return a file or folder of the data root, or else of HDML_ARCHIVES, or None.
+
+    Raises DataError where an address in HDML_ARCHIVES can't be read.
+    """
+    shared = os.environ.get("HDML_ARCHIVES", "")
+    if (root / name).exists():
+        return root / name
+    if "://" not in shared:
+        path = Path(shared) / name
+        return path if shared and path.exists() else None
+    with locked(root / "cache" / f"{name.replace('/', '-')}.lock"):
+        return root / name if (root / name).exists() or _copy(shared, name, root / name) else None
 
 
 def fetch(root: Path, archive: Archive) -> Path:
@@ -45,18 +64,42 @@ def fetch(root: Path, archive: Archive) -> Path:
     An archive that the user put there is taken as it is, whatever its checksum (it may hold crops); what the manifest
     of its data set states must still hold. Raises DataError where there is none and none can be had.
     """
-    if not root.is_dir():
+    shared = os.environ.get("HDML_ARCHIVES", "")
+    if not (root.is_dir() or shared):
         raise DataError(f"data root {root} not found: make it, or set HDML_DATA to the folder that holds the archives")
     path = root / archive.file
     if found := find(root, archive):
         return found
     if not archive.address:
+        places = f"{root} or {shared}" if shared else str(root)
         raise DataError(
-            f"{archive.file} not found in {root}, nor its unpacked folder {archive.folder}; {archive.note}: "
+            f"{archive.file} not found in {places}, nor its unpacked folder {archive.folder}; {archive.note}: "
             f"put it at {path}, or set HDML_DATA to the folder that holds it"
         )
     with locked(root / "cache" / f"{archive.file}.lock"):
-        return find(root, archive) or _download(archive, path)
+        return path if path.exists() else _download(archive, path)
+
+
+def _copy(address: str, name: str, path: Path) -> bool:
+    """Fetch a file or folder from an address that machines share; return whether it is there."""
+    from pyarrow import ArrowException, fs  # here: it takes a while, and few need it
+
+    part = path.with_name(f"{path.name}.part")
+    try:
+        system, folder = fs.FileSystem.from_uri(address)
+        there = f"{folder.rstrip('/')}/{name}"
+        if system.get_file_info(there).type == fs.FileType.NotFound:
+            return False
+        part.parent.mkdir(parents=True, exist_ok=True)
+        fs.copy_files(there, str(part), system, fs.LocalFileSystem())
+        part.rename(path)
+    except (OSError, ArrowException) as error:
+        raise DataError(
+            f"{name} can't be fetched from HDML_ARCHIVES {address}: {error}. Put it at {path}, or set another"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+    return True
 
 
 def _download(archive: Archive, path: Path) -> Path:

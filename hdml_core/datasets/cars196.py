@@ -9,7 +9,7 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from hdml_core.config import DataConfig
-from hdml_core.datasets.archives import Archive, fetch, find, identity, members
+from hdml_core.datasets.archives import Archive, fetch, find, held, identity, members
 from hdml_core.datasets.base import Counts, DataError, Sample, Source
 from hdml_core.datasets.cache import image_decoder
 
@@ -38,7 +38,7 @@ def read(config: DataConfig, root: Path, expected: Counts = EXPECTED) -> Source:
     size = config.image_size
     parts = HALVES if find(root, HALVES[0].images) else WHOLE
     places = [fetch(root, part.images) for part in parts]
-    tables = [root / part.annotations for part in parts]
+    tables = [held(root, part.annotations) or root / part.annotations for part in parts]
     if missing := [table for table in tables if not table.is_file()]:
         raise DataError(f"classes of cars196 not found in {root}: put {missing[0].name} at {missing[0]}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hdml_core.config import ConfigError, parse_setting
 from hdml_core.datasets import DataError
+from studies.machinery.redaction import redacted
 from studies.machinery.study import Study, parse_field, variant
 
 DONE, MISTAKE, FAILED, INTERRUPTED = 0, 2, 3, 130
@@ -61,7 +62,7 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
             retry_failed=given.retry_failed,
             warm_start=given.warm_start,
         )
-        print(summary(asked, ledgers, places.tracking_uri, places.out))
+        say(summary(asked, ledgers, places.tracking_uri, places.out))
         failed = sum(row.state == "FAIL" for ledger in ledgers.values() for row in ledger.rows())
         if failed > asked.failures_allowed * asked.trials:
             print(f"{failed} trials failed, more than the study allows", file=sys.stderr)
@@ -69,7 +70,7 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
         if asked.test_seeds:
             from studies.machinery.confirm import close_study
 
-            print(close_study(asked, ledgers["search"], places))
+            say(close_study(asked, ledgers["search"], places))
         return DONE
 
     return status_of(run)
@@ -112,18 +113,18 @@ def commands(arguments: Sequence[str] | None = None) -> int:
         places = Places.under(out_folder(given.out))
         match given.command:
             case "list":
-                print(review.list_studies(places))
+                say(review.list_studies(places))
             case "show":
-                print(review.show(given.study, places))
+                say(review.show(given.study, places))
             case "sync":
-                print(review.sync(given.study, places))
+                say(review.sync(given.study, places))
             case "verify":
                 disagreements = review.verify(given.study, places)
-                print("\n".join(disagreements) or "ledger, MLflow and checkpoints agree")
+                say("\n".join(disagreements) or "ledger, MLflow and checkpoints agree")
                 return FAILED if disagreements else DONE
             case "confirm":
                 opening = confirm.Asked(given.seeds, given.against, given.again, given.paper_mode, given.gpus_per_trial)
-                print(confirm.confirm_study(given.study, places, opening))
+                say(confirm.confirm_study(given.study, places, opening))
         return DONE
 
     return status_of(run)
@@ -134,12 +135,17 @@ def out_folder(given: Path | None) -> Path:
     return given or Path(os.environ.get("HDML_OUT", "runs"))
 
 
+def say(text: str) -> None:
+    """Print what was found, which may name addresses, without their passwords."""
+    print(redacted(text))
+
+
 def status_of(run: Callable[[], int]) -> int:
     """Run to an exit status; a mistake of the caller's is one line on stderr, an interruption no error."""
     try:
         return run()
     except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redacted(f"error: {error}"), file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
         print("interrupted: all is saved, and the same command goes on from here", file=sys.stderr)

@@ -16,15 +16,18 @@ from scipy.stats import ttest_rel
 
 from hdml_core.config import Config, ConfigError, Setting, to_settings, with_settings
 from studies.machinery.audit import Opening, new_opening, now, opened, openings
-from studies.machinery.driver import Places, Resources, commit, execute, prepare, recording, start_ray
+from studies.machinery.driver import Places, commit, execute, prepare, recording
 from studies.machinery.intervals import Interval, interval, paired
 from studies.machinery.lease import Lease
 from studies.machinery.ledger import ATTEMPTS, CHECKPOINTS, METRICS, REASON, TERMS, Ledger, Row, existing
 from studies.machinery.progress import table
 from studies.machinery.records import ARM, PAPER, QUALITIES, TEST, Kind, run_name, short, trial_id
+from studies.machinery.resources import Resources, start_ray
 from studies.machinery.search import Series
 from studies.machinery.space import Choice, Integer, Space, from_json
 from studies.machinery.storage import LedgerError, open_storage
+from studies.machinery.store import Store
+from studies.machinery.store import opened as stored
 from studies.machinery.study import MOST_SEEDS, Study
 from studies.machinery.worker import Job
 
@@ -139,8 +142,9 @@ def _open(study: Study, ledger: Ledger, other: Ledger | None, places: Places, as
             first = study.config().seed + FIRST_SEED + MOST_SEEDS * opening.number
             sealed.enqueue({ARM: arm, "seed": seed} for seed in range(first, first + opening.seeds) for arm in arms)
             resources = start_ray(study)
-            plan = [_series(study, opening, sealed, arms, places.root, folder / opening.label, resources)]
-            execute(study, plan, recorder, resources, folder)
+            with stored(folder) as store:
+                plan = [_series(study, opening, sealed, arms, places.root, folder / opening.label, store, resources)]
+                execute(study, plan, recorder, resources, folder)
             found = compare(sealed.rows(), arms, asked.paper_mode)
             recorder.note(opening.label, opening.tags(), _metrics(found))
             (folder / "confirm.json").write_text(json.dumps(_written(opening, found), indent=2))
@@ -296,6 +300,7 @@ def _series(
     arms: Mapping[str, Arm],
     root: Path,
     folder: Path,
+    store: Store | None,
     resources: Resources,
 ) -> Series:
     """The trainings of an opening."""
@@ -312,6 +317,7 @@ def _series(
             resources.cpus,
             resources.gpus,
             60 * study.hang_minutes,
+            store=store,
         )
 
     return Series(opening.label, sealed, len(arms) * opening.seeds, [GOAL], job, max_attempts=study.max_attempts)

@@ -1,6 +1,5 @@
 """A study from its declaration to its last trial: all is checked at the door, then Tune works through the ledger."""
 
-import logging
 import math
 import os
 import shutil
@@ -14,7 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from ray import tune
 from ray.tune import TuneError
@@ -29,26 +27,17 @@ from studies.machinery.lease import Lease
 from studies.machinery.ledger import ATTEMPTS, CHECKPOINTS, PRICE, Ledger, Row, best_points, set_aside, spent
 from studies.machinery.progress import Progress
 from studies.machinery.records import FINISHED, TAG_COMMIT, TAG_DATA, TAG_IMAGE_SIDE, TAG_RECIPE, Kind, trial_id
+from studies.machinery.resources import Resources, Room, price_per_hour, start_ray
 from studies.machinery.search import Interrupt, LedgerScheduler, LedgerSearch, Series, StopAll
 from studies.machinery.space import to_json
 from studies.machinery.storage import LedgerError, Storage, open_storage
+from studies.machinery.store import Store
+from studies.machinery.store import opened as stored
 from studies.machinery.study import Study
 from studies.machinery.tracking import Recorder
 from studies.machinery.tracking import set_aside as set_experiment_aside
 from studies.machinery.trial import run_job
 from studies.machinery.worker import Job, as_worker
-
-RAY_HABITS = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-}
-"""Files of its own for every trial, other working folders, chatter: what a study does without."""
-
 
 FOLDERS: Mapping[Kind, str] = {"floor": "floor", "baseline": "baseline", "search": "trials"}
 
@@ -98,16 +87,6 @@ class Places:
         return None if served else self.out / "mlruns"
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What each trial gets, how many of them fit, and which share of a node each takes."""
-
-    cpus: int
-    gpus: float
-    at_once: int
-    node_share: float
-
-
 class Budget:
     """What a study may still spend: time of this driver, and GPU-hours and money of all its drivers so far."""
 
@@ -125,11 +104,6 @@ class Budget:
             return True
         seconds, gpu_seconds = spent(row for series in self._plan for row in series.ledger.rows())
         return gpu_seconds / 3600 < self._study.gpu_hours and seconds / 3600 * self._price < self._study.max_cost
-
-
-def price_per_hour(study: Study, resources: Resources) -> float:
-    """What an hour of a trial costs."""
-    return study.node_price * resources.node_share
 
 
 def run_study(
@@ -161,11 +135,13 @@ def run_study(
         with recording(places, study, search, dataset) as recorder, floor_opened(ledgers, recorder, commit()):
             resources = start_ray(study)
             search.note(PRICE, price_per_hour(study, resources))
-            plan = [
-                series(study, kind, ledger, places.root, places.out / study.name, resources)
-                for kind, ledger in ledgers.items()
-            ]
-            execute(study, plan, recorder, resources, places.out / study.name)
+            folder = places.out / study.name
+            with stored(folder) as store:
+                plan = [
+                    series(study, kind, ledger, places.root, folder, dataset.digest, store, resources)
+                    for kind, ledger in ledgers.items()
+                ]
+                execute(study, plan, recorder, resources, folder)
     return ledgers
 
 
@@ -243,28 +219,16 @@ def recording(places: Places, study: Study, ledger: Ledger, dataset: Dataset) ->
     return recorder
 
 
-def start_ray(study: Study) -> Resources:
-    """Join the cluster at RAY_ADDRESS, else start a Ray on this machine; see what a trial gets of it."""
-    os.environ.update(RAY_HABITS)
-    if not ray.is_initialized():
-        # Left to itself, Ray would join whatever was last started on this machine, and lose it when that ends.
-        alone = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "include_dashboard": False}
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **alone)
-    for name in ("ray", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    there = ray.cluster_resources()
-    gpus = study.gpus_per_trial if there.get("GPU", 0) > 0 else 0.0
-    shares = [study.cpus_per_trial / there["CPU"]] + ([gpus / there["GPU"]] if gpus else [])
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    return Resources(
-        study.cpus_per_trial,
-        gpus,
-        at_once=max(1, min(int(1 / max(shares)), study.parallel)),
-        node_share=min(1.0, max(shares) * nodes),
-    )
-
-
-def series(study: Study, kind: Kind, ledger: Ledger, root: Path, folder: Path, resources: Resources) -> Series:
+def series(
+    study: Study,
+    kind: Kind,
+    ledger: Ledger,
+    root: Path,
+    folder: Path,
+    data: str,
+    store: Store | None,
+    resources: Resources,
+) -> Series:
     """The study's trials of one kind."""
 
     def job(row: Row) -> Job:
@@ -280,6 +244,8 @@ def series(study: Study, kind: Kind, ledger: Ledger, root: Path, folder: Path, r
             resources.cpus,
             resources.gpus,
             60 * study.hang_minutes,
+            data,
+            store,
         )
 
     return Series(
@@ -321,12 +287,14 @@ def execute(
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         tune.Tuner(
-            tune.with_resources(as_worker(run), {"cpu": resources.cpus, "gpu": resources.gpus}),
+            tune.with_resources(as_worker(run), resources.placement),
             tune_config=tune.TuneConfig(
-                search_alg=LedgerSearch(plan, Budget(study, plan, resources).may_begin, interrupt),
+                search_alg=LedgerSearch(
+                    plan, Budget(study, plan, resources).may_begin, Room(study, resources), interrupt
+                ),
                 scheduler=LedgerScheduler(plan, recorder, progress, interrupt, cap.keep),
                 num_samples=-1,
-                max_concurrent_trials=resources.at_once,
+                max_concurrent_trials=study.parallel,
                 reuse_actors=True,
                 trial_name_creator=_trial_name,
                 trial_dirname_creator=_trial_name,
@@ -350,6 +318,8 @@ def commit() -> str:
     """The commit that the code is at, marked where files differ from it; `unknown` outside a checkout."""
     here = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    if shutil.which("git") is None:
+        return "unknown"
     result = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
 

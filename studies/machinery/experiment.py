@@ -203,6 +203,7 @@ class Experiment:
             "begin": self._begin,
             "log": self._log,
             "end": self._end,
+            "attach": self._attach,
             "note": self._note,
             "observe": self._observe,
             "close": self._close,
@@ -271,6 +272,9 @@ class Experiment:
             self._client.set_terminated(run.info.run_id, RUN_STATUS[state], said.time)
         self._known.pop((kind, number), None)
         self.run_ids.pop((kind, number), None)
+
+    def _attach(self, said: Said, kind: str, number: int, name: str, text: str) -> None:
+        self._client.log_text(self._look_up(kind, number).run_id, text, f"logs/{name}")
 
     def _note(self, said: Said, name: str, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         run = self._only(f"attributes.run_name = '{name}' and tags.{TAG_STUDY} = '{self._study_id}'")

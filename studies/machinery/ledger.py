@@ -12,7 +12,7 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -36,10 +36,11 @@ OUTAGE = 3600.0
 # Notes of a study.
 TERMS, STUDY_ID, OPENINGS, PRICE = "terms", "id", "openings", "price_per_trial_hour"
 # Notes of a row.
-OWNER, ATTEMPTS, CRASHES, REASON, METRICS, SPENT, MLFLOW_RUN, CHECKPOINTS = (
+OWNER, ATTEMPTS, CRASHES, LOST_AT, REASON, METRICS, SPENT, MLFLOW_RUN, CHECKPOINTS = (
     "owner",
     "attempts",
     "crashes",
+    "lost_at",
     "reason",
     "metrics",
     "spent",
@@ -333,10 +334,16 @@ class Ledger:
         self._live[trial.number], self._reported[trial.number] = trial, set(row.reports)
         return row
 
-    def release(self, number: int, crash: str | None = None) -> None:
-        """Let go of a trial that is to be taken in hand again; a crash is noted with its reason."""
+    def release(self, number: int, crash: str | None = None, lost: bool = False) -> None:
+        """Let go of a trial that is to be taken in hand again.
+
+        A crash is noted with its reason, the loss of a machine with the epochs that had been told then.
+        """
+        row = self.row(number)
         if crash is not None:
-            self.note_of(number, CRASHES, [*self._live[number].user_attrs.get(CRASHES, []), crash])
+            self.note_of(number, CRASHES, [*row.notes.get(CRASHES, []), crash])
+        if lost:
+            self.note_of(number, LOST_AT, [*row.notes.get(LOST_AT, []), row.epochs])
         del self._live[number], self._reported[number]
 
     @patient
@@ -364,9 +371,9 @@ class Ledger:
         del self._live[number], self._reported[number]
         return ended
 
-    def in_hand(self, number: int | None = None) -> bool:
-        """Whether the trial, or any, was taken by this driver and has not ended."""
-        return bool(self._live) if number is None else number in self._live
+    def in_hand(self) -> Collection[int]:
+        """The trials that were taken by this driver and have not ended."""
+        return self._live.keys()
 
     @patient
     def limit(self, number: int, excesses: Mapping[str, float]) -> None:

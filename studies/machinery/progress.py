@@ -33,9 +33,8 @@ class Progress:
 
     def crashed(self, kind: Kind, number: int, reason: str) -> None:
         """Say that a trial has to be tried again, and why."""
-        self._bar.write(
-            f"{run_name(kind, number, {}) or trial_id(number)}: to be tried again: {reason}", file=sys.stderr
-        )
+        name = trial_id(number) if kind == "search" else f"{kind} {trial_id(number)}"
+        self._bar.write(f"{name}: to be tried again: {reason}", file=sys.stderr)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -8,23 +8,36 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ray import cloudpickle
-from ray.exceptions import RayTaskError
 from ray.tune import Stopper
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from studies.machinery.lease import LeaseLostError
-from studies.machinery.ledger import CHECKPOINTS, CRASHES, EPOCHS, METRICS, MLFLOW_RUN, REASON, SPENT, Ledger, Row
+from studies.machinery.ledger import (
+    CHECKPOINTS,
+    CRASHES,
+    EPOCHS,
+    LOST_AT,
+    METRICS,
+    MLFLOW_RUN,
+    REASON,
+    SPENT,
+    Ledger,
+    Row,
+)
+from studies.machinery.postmortem import examine
 from studies.machinery.progress import Progress
 from studies.machinery.records import GPU_SECONDS, SECONDS, Kind, Record, State
 from studies.machinery.storage import LedgerError
 from studies.machinery.tracking import Recorder
 from studies.machinery.worker import HOPELESS, FreshProcessError, Job
+
+MOST_LOSSES = 10
+"""So many machines a trial may lose between two epochs; one more counts like a crash, for it may be the trial's doing.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,18 +82,24 @@ class Stateless:
 class LedgerSearch(Stateless, Searcher):  # type: ignore[misc]
     """Give Tune the trials of each series in turn: those left RUNNING first, then new ones until its number is full.
 
-    Where `may_begin` says no, nothing new is begun; what was begun still runs to its end.
+    Where `may_begin` says no, nothing new is begun; what was begun still runs to its end. No more are in hand at once
+    than there is `room` for.
     """
 
-    def __init__(self, plan: Sequence[Series], may_begin: Callable[[], bool], interrupt: Interrupt) -> None:
+    def __init__(
+        self, plan: Sequence[Series], may_begin: Callable[[], bool], room: Callable[[], int], interrupt: Interrupt
+    ) -> None:
         super().__init__()
         self._plan = plan
         self._may_begin = may_begin
+        self._room = room
         self._interrupt = interrupt
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Return a Tune config with the job of the next trial; None while one in hand may yet come back; FINISHED."""
         with self._interrupt.on_failure():
+            if sum(len(series.ledger.in_hand()) for series in self._plan) >= self._room():
+                return None
             new = self._may_begin()
             for series in self._plan:
                 row = series.ledger.next(series.trials if new else 0)
@@ -145,25 +164,30 @@ class LedgerScheduler(Stateless, FIFOScheduler):  # type: ignore[misc]
         """Fail a trial that returned before its last epoch."""
         with self._interrupt.on_failure():
             job, series = self._of(trial)
-            if series.ledger.in_hand(job.number):
+            if job.number in series.ledger.in_hand():
                 self._end(trial, "FAIL", {REASON: "the trial returned before its last epoch"})
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Have a trial tried again that may do better in another worker; fail it, with the reason, otherwise."""
         with self._interrupt.on_failure():
             job, series = self._of(trial)
-            error = _cause(trial)
-            reason = f"hung: told nothing for {job.hang_seconds:.0f} s, see {job.hung}" if _hung(job) else _line(error)
-            crashes = [*series.ledger.row(job.number).notes.get(CRASHES, []), reason]
-            if isinstance(error, FreshProcessError):
+            found = examine(trial, job)
+            row = series.ledger.row(job.number)
+            crashes = [*row.notes.get(CRASHES, []), found.reason]
+            if isinstance(found.error, FreshProcessError):
                 series.ledger.release(job.number)
-            elif isinstance(error, HOPELESS):
-                self._end(trial, "FAIL", {REASON: reason})
+                return
+            self._recorder.attach(job.kind, job.number, f"attempt-{job.attempt}.txt", found.text)
+            if isinstance(found.error, HOPELESS):
+                self._end(trial, "FAIL", {REASON: found.reason})
+            elif found.lost and row.notes.get(LOST_AT, []).count(row.epochs) < MOST_LOSSES:
+                series.ledger.release(job.number, lost=True)
+                self._progress.crashed(job.kind, job.number, found.reason)
             elif len(crashes) < series.max_attempts:
-                series.ledger.release(job.number, crash=reason)
-                self._progress.crashed(job.kind, job.number, reason)
+                series.ledger.release(job.number, crash=found.reason)
+                self._progress.crashed(job.kind, job.number, found.reason)
             else:
-                self._end(trial, "FAIL", {REASON: reason, CRASHES: crashes})
+                self._end(trial, "FAIL", {REASON: found.reason, CRASHES: crashes})
 
     def _note(self, job: Job, ledger: Ledger, record: Record) -> None:
         spent = {SECONDS: record.seconds, GPU_SECONDS: record.metrics[GPU_SECONDS], EPOCHS: record.epoch}
@@ -205,19 +229,3 @@ def _step(series: Series, record: Record) -> int | None:
     if not series.steps_are_parts:
         return record.epoch
     return record.part if record.ends_part else None
-
-
-def _cause(trial: Trial) -> BaseException:
-    """What the trial raised, or what became of its worker."""
-    with Path(trial.pickled_error_file).open("rb") as file:
-        error = cloudpickle.load(file)
-    return error.cause if isinstance(error, RayTaskError) else error
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
-
-
-def _hung(job: Job) -> bool:
-    return job.hung.exists() and job.hung.stat().st_size > 0

@@ -16,6 +16,7 @@ from hdml_core.config import Setting
 from studies.machinery.experiment import Experiment, Machine, TrackerError, now
 from studies.machinery.ledger import ATTEMPTS, Row
 from studies.machinery.records import ARM, RUN_STATUS, TAG_ATTEMPT, TAG_RECIPE, Kind, Record, State, run_name
+from studies.machinery.redaction import redacted
 from studies.machinery.spool import REFUSED, Event, Spool, refused
 
 CHUNK = 100
@@ -94,6 +95,10 @@ class Recorder:
         attempt = self._in_hand.pop((kind, number))
         self._write("end", True, kind=kind, number=number, attempt=attempt, state=state, reason=reason)
 
+    def attach(self, kind: Kind, number: int, name: str, text: str) -> None:
+        """Keep a text with a trial's run, as logs/NAME."""
+        self._write("attach", kind=kind, number=number, name=name, text=text)
+
     def note(self, name: str, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         """Record what is no trial, in a run of its own; once for each name."""
         self._write("note", True, name=name, tags=dict(tags), metrics=dict(metrics))
@@ -130,7 +135,7 @@ class Recorder:
             print(f"events that MLflow refused: {count}, kept in {self._folder / REFUSED}", file=sys.stderr)
 
     def _write(self, do: str, durable: bool = False, **what: Any) -> None:
-        self._own.append({"do": do, "driver": self._driver, "time": now(), **what}, durable)
+        self._own.append({"do": do, "driver": self._driver, "time": now(), **redacted(what)}, durable)
 
     def _observe(self) -> None:
         machine = Machine()

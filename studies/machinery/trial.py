@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from hdml_core import checkpoint
 from hdml_core.config import Config, with_settings
-from hdml_core.datasets import Dataset, LabelledSet, validation_fold
+from hdml_core.datasets import DataError, Dataset, LabelledSet, validation_fold
 from hdml_core.frozen import open_data
 from hdml_core.notation import EpochReport, RetrievalReport
 from hdml_core.retrieval import evaluate_retrieval
@@ -45,7 +45,8 @@ from studies.machinery.records import (
     retrieval_metrics,
     training_metrics,
 )
-from studies.machinery.worker import Job, Tell, demand_ownership, in_time, memory_mb, part_folder, take_over
+from studies.machinery.store import bring, demand_ownership, keep, leave, take_over
+from studies.machinery.worker import Job, Tell, in_time, memory_mb, part_folder
 
 GPU_PATIENCE = 60
 """Seconds for which a trial waits for another to give back the memory of the GPU that they share."""
@@ -62,8 +63,9 @@ def run_job(config: Mapping[str, Any]) -> None:
     if job.gpus > 0:
         torch.cuda.reset_peak_memory_stats()
         demand_gpu_memory(job.gpus)
-    take_over(job)
+    job = take_over(job)
     TRIALS[job.kind.partition("-")[0]](job, in_time(job))
+    leave(job)
 
 
 def demand_gpu_memory(share: float) -> None:
@@ -191,6 +193,7 @@ def _run_part(
 ) -> Done:
     """Train one part from its checkpoint to its end, telling every epoch; return what has been done then."""
     folder = part_folder(job.folder, part)
+    bring(job, folder)
     tags = _tags(job) | _restored(run, folder, job.attempt)
     total = run.config.optim.epochs
 
@@ -220,7 +223,7 @@ def _run_part(
 
     def save_and_tell(report: EpochReport) -> None:
         demand_ownership(job)
-        checkpoint.save(run, folder)
+        keep(job, checkpoint.save(run, folder))
         told(report)
 
     for report in list(run.reports):
@@ -272,6 +275,11 @@ def _costs(job: Job, seconds: float) -> dict[str, float]:
 
 def _data(config: Config, job: Job) -> Dataset:
     dataset = open_data(config, job.root, _device(job))
+    if job.data not in ("", dataset.digest):
+        raise DataError(
+            f"{config.data.name} in {job.root} on {platform.node()} must be the study's data, digest {job.data}, got "
+            f"{dataset.digest}: put the same archives there, or set HDML_ARCHIVES to where all nodes get them from"
+        )
     return replace(dataset, train=dataset.train.on(_device(job))) if config.data.resident else dataset
 
 

@@ -1,4 +1,4 @@
-"""What keeps a worker process honest: the job it has, its claim to it, the watch it is under, the memory it holds.
+"""What keeps a worker process honest: the job it has, the watch it is under, the memory it holds.
 
 Knows nothing of training, and does not import torch: what a job of some kind does is `trial`'s.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from ray import tune
@@ -19,6 +19,9 @@ from ray.tune.trainable import wrap_function
 from hdml_core.config import Config, ConfigError, Setting, Settings, with_settings
 from hdml_core.datasets.base import DataError
 from studies.machinery.records import Kind, Record
+
+if TYPE_CHECKING:
+    from studies.machinery.store import Store
 
 HOPELESS = (FloatingPointError, ConfigError, DataError)
 """What a trial would raise again if it were tried again; whatever else ends it may not come back."""
@@ -31,10 +34,6 @@ Tell = Callable[[Record], None]
 
 class FreshProcessError(RuntimeError):
     """The worker is spent, and this trial, not yet begun, wants a new one."""
-
-
-class SupersededError(RuntimeError):
-    """A later attempt at the same trial has begun: this one may write no more."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,16 @@ class Job:
     root: Path
     """The data root."""
     folder: Path
-    """Where the trial's checkpoints are kept."""
+    """Where the trial's checkpoints are kept, or, `kept_in` given, written first."""
     cpus: int
     gpus: float
     hang_seconds: float
+    data: str = ""
+    """Digest of the data that all trials of the study have in common; empty: of whichever data there are."""
+    store: "Store | None" = None
+    """Where checkpoints go from machines that don't see the study's folder."""
+    kept_in: Path | None = None
+    """On such a machine, the trial's folder on the driver's disk."""
 
     @property
     def config(self) -> Config:
@@ -110,25 +115,6 @@ def in_time(job: Job) -> Tell:
 def part_folder(folder: Path, part: int) -> Path:
     """Where in a trial's folder the checkpoints of a part are kept."""
     return folder / f"part-{part:02d}"
-
-
-def take_over(job: Job) -> None:
-    """Make the trial's folder this attempt's own.
-
-    Raises SupersededError where a later one was here.
-    """
-    job.folder.mkdir(parents=True, exist_ok=True)
-    demand_ownership(job)
-    aside = job.folder / f".attempt-{job.attempt}"
-    aside.write_text(str(job.attempt))
-    aside.rename(job.folder / "attempt")
-
-
-def demand_ownership(job: Job) -> None:
-    """Raise SupersededError where a later attempt has taken the trial's folder over."""
-    owner = job.folder / "attempt"
-    if owner.exists() and (latest := int(owner.read_text())) > job.attempt:
-        raise SupersededError(f"attempt {job.attempt} at trial {job.number} was superseded by attempt {latest}")
 
 
 def memory_mb() -> tuple[float, float]:

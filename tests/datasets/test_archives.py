@@ -1,6 +1,7 @@
 """Archives are read alike however they are packed, and downloaded whole or not at all."""
 
 import hashlib
+import shutil
 
 import pytest
 
@@ -99,3 +100,47 @@ def test_no_archive_and_no_address(tmp_path):
 def test_no_data_root(tmp_path):
     with pytest.raises(DataError, match="data root .*nowhere not found: make it, or set HDML_DATA"):
         fetch(tmp_path / "nowhere", online(tmp_path))
+
+
+MADE = Archive("made.zip", note="made here")
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A folder with an archive, a folder that one unpacks to, and a table within another."""
+    folder = tmp_path / "elsewhere"
+    (folder / "unpacked" / "inner").mkdir(parents=True)
+    (folder / "made.zip").write_bytes(b"an archive")
+    (folder / "unpacked" / "inner" / "one").write_bytes(b"one")
+    return folder
+
+
+def test_what_a_root_lacks_is_read_from_a_shared_folder_where_it_lies(elsewhere, tmp_path, monkeypatch):
+    monkeypatch.setenv("HDML_ARCHIVES", str(elsewhere))
+    root = tmp_path / "root"
+    assert fetch(root, MADE) == elsewhere / "made.zip"
+    assert fetch(root, Archive("unpacked.zip")) == elsewhere / "unpacked"
+    root.mkdir()
+    (root / "made.zip").write_bytes(b"its own")
+    assert fetch(root, MADE) == root / "made.zip"
+
+
+def test_what_a_root_lacks_is_fetched_from_a_shared_address_once(elsewhere, tmp_path, monkeypatch):
+    monkeypatch.setenv("HDML_ARCHIVES", elsewhere.as_uri())
+    root = tmp_path / "root"
+    for archive in (MADE, Archive("unpacked.zip")):
+        fetch(root, archive)
+    assert (root / "made.zip").read_bytes() == b"an archive"
+    assert (root / "unpacked/inner/one").read_bytes() == b"one"
+    shutil.rmtree(elsewhere)
+    assert fetch(root, MADE) == root / "made.zip"
+    assert not list(root.glob("*.part"))
+
+
+def test_a_shared_address_that_has_it_not_is_named(elsewhere, tmp_path, monkeypatch):
+    monkeypatch.setenv("HDML_ARCHIVES", elsewhere.as_uri())
+    with pytest.raises(DataError, match=r"other.zip not found in .*root or file://.*elsewhere, nor .* gone: put it at"):
+        fetch(tmp_path / "root", Archive("other.zip", note="gone"))
+    monkeypatch.setenv("HDML_ARCHIVES", "nonsense://bucket")
+    with pytest.raises(DataError, match="made.zip can't be fetched from HDML_ARCHIVES nonsense://bucket: "):
+        fetch(tmp_path / "root", MADE)

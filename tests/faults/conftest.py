@@ -6,7 +6,7 @@ import mlflow
 import pytest
 from ray.cluster_utils import Cluster
 
-from studies.machinery.driver import RAY_HABITS
+from studies.machinery.resources import RAY_HABITS
 from studies.machinery.storage import open_storage
 from tests.faults.drivers import Drivers
 from tests.faults.invariants import points, settled

@@ -60,7 +60,7 @@ def test_killed_at_random(drivers, tmp_path):
 def test_asked_to_stop_it_saves_and_goes_on(drivers, undisturbed, signum):
     study = drivers(pause=0.1)
     process = study.start()
-    while not list((study.out / "toy").glob("0002/epochs.json")):
+    while not list((study.out / "toy").glob("0002/kept/epochs.json")):
         time.sleep(0.05)
     os.kill(process.pid, signum)
     process.join(60)
@@ -73,7 +73,7 @@ def test_a_driver_that_is_killed_takes_its_own_ray_along(drivers, undisturbed):
     study = drivers(pause=0.1)
     del study.environment["RAY_ADDRESS"]
     process = study.start()
-    while not list((study.out / "toy").glob("0001/epochs.json")):
+    while not list((study.out / "toy").glob("0001/kept/epochs.json")):
         time.sleep(0.05)
     family = psutil.Process(process.pid).children(recursive=True)
     assert any("raylet" in member.name() for member in family)

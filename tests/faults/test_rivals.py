@@ -16,7 +16,7 @@ pytestmark = pytest.mark.cluster
 
 
 def begun(study, trials):
-    while len(list((study.out / "toy").glob("*/epochs.json"))) < trials:
+    while len(list((study.out / "toy").glob("*/kept/epochs.json"))) < trials:
         time.sleep(0.02)
 
 

@@ -45,10 +45,10 @@ def test_gone_for_the_whole_study(proxied, undisturbed, mode):
 def test_gone_in_the_middle(proxied, undisturbed, mode):
     study, proxy = proxied
     process = study.start(pause=0.1)
-    while not list((study.out / "toy").glob("0002/epochs.json")):
+    while not list((study.out / "toy").glob("0002/kept/epochs.json")):
         time.sleep(0.05)
     proxy.mode = mode
-    while not list((study.out / "toy").glob("0005/epochs.json")):
+    while not list((study.out / "toy").glob("0005/kept/epochs.json")):
         time.sleep(0.05)
     proxy.mode = "through"
     process.join(120)
@@ -60,7 +60,7 @@ def test_gone_in_the_middle(proxied, undisturbed, mode):
 def test_stopped_and_started_again(proxied, undisturbed, mlflow_server):
     study, _ = proxied
     process = study.start(pause=0.1)
-    while not list((study.out / "toy").glob("0002/epochs.json")):
+    while not list((study.out / "toy").glob("0002/kept/epochs.json")):
         time.sleep(0.05)
     mlflow_server.stop()
     process.join(120)

@@ -75,7 +75,7 @@ def test_a_node_goes_in_the_middle(cluster, drivers, undisturbed):
     node = cluster.add_node(num_cpus=2, resources={"other": 2})
     study = drivers(parallel=4, sampler="random", pause=0.1)
     process = study.start()
-    while len(list((study.out / "toy").glob("*/epochs.json"))) < 4:
+    while len(list((study.out / "toy").glob("*/kept/epochs.json"))) < 4:
         process.join(0.05)
     cluster.remove_node(node, allow_graceful=False)
     process.join(120)
@@ -87,7 +87,7 @@ def test_the_disk_is_full_at_a_checkpoint(drivers, undisturbed, tmp_path):
     with small_disk(tmp_path / "toy", 1) as disk:
         study = drivers(pause=0.1, max_attempts=1000)
         process = study.start()
-        while not (disk / "0002/epochs.json").exists():
+        while not (disk / "0002/kept/epochs.json").exists():
             time.sleep(0.02)
         with suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
             while True:

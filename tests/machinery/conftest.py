@@ -5,9 +5,9 @@ import pytest
 import ray
 from sqlalchemy import delete
 
-from studies.machinery.driver import start_ray
 from studies.machinery.lease import LEASES, Lease
 from studies.machinery.ledger import Ledger
+from studies.machinery.resources import start_ray
 from studies.machinery.storage import open_storage
 from studies.machinery.study import Study
 

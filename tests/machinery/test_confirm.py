@@ -12,11 +12,12 @@ from hdml_core.config import ConfigError
 from studies.machinery import audit, confirm
 from studies.machinery.audit import code_digest, floor_opened, new_opening, opened, openings
 from studies.machinery.confirm import Arm, Asked, close_study, compare, confirm_study
-from studies.machinery.driver import Places, Resources, terms
+from studies.machinery.driver import Places, terms
 from studies.machinery.intervals import interval
 from studies.machinery.lease import Lease, LeaseError
 from studies.machinery.ledger import METRICS, REASON, TERMS, Ledger, Row
 from studies.machinery.records import QUALITIES
+from studies.machinery.resources import Resources
 from studies.machinery.space import LogUniform
 from studies.machinery.storage import LedgerError, open_storage
 from studies.machinery.study import Study
@@ -132,7 +133,7 @@ def trained(monkeypatch):
     monkeypatch.setattr(confirm, "prepare", lambda config, root: DATA)
     recorder = FakeRecorder()
     monkeypatch.setattr(confirm, "recording", lambda *_: recorder)
-    monkeypatch.setattr(confirm, "start_ray", lambda study: Resources(1, 0.0, 1, 1.0))
+    monkeypatch.setattr(confirm, "start_ray", lambda study: Resources(1, 0.0))
     jobs = []
 
     def execute(study, plan, recorder, resources, folder):
@@ -369,7 +370,7 @@ def test_what_was_opened_keeps_its_names_when_the_study_is_extended(places, trai
 
 def test_a_study_is_closed_as_it_was_run(places, trained, monkeypatch):
     ran = []
-    monkeypatch.setattr(confirm, "start_ray", lambda study: ran.append(study) or Resources(1, 0.0, 1, 1.0))
+    monkeypatch.setattr(confirm, "start_ray", lambda study: ran.append(study) or Resources(1, 0.0))
     study = dataclasses.replace(ARMS, parallel=1, cpus_per_trial=2, hang_minutes=3.0)
     close_study(study, searched_arms(places), places)
     assert ran == [study]

@@ -81,7 +81,7 @@ def test_ends_are_told_as_they_were(ledger):
 def test_an_end_is_told_once(ledger):
     ledger.next(1)
     ledger.end(0, "COMPLETE", [0.5])
-    assert not ledger.in_hand(0)
+    assert 0 not in ledger.in_hand()
     with pytest.raises(KeyError):
         ledger.end(0, "FAIL")
 

@@ -21,8 +21,9 @@ from studies.machinery.records import (
     TAG_SET_ASIDE,
     VALIDATED,
 )
+from studies.machinery.store import SupersededError, take_over
 from studies.machinery.trial import TRIALS, GpuBusyError, demand_gpu_memory
-from studies.machinery.worker import Job, SupersededError, take_over
+from studies.machinery.worker import Job
 
 TRAIN, TEST, ROWS = 8, 6, 6
 EPOCHS, STEPS = 3, 2
@@ -322,7 +323,7 @@ def test_an_attempt_that_was_superseded_writes_nothing_more(a_job):
         take_over(vary(a_job, attempt=2))
 
     take_over(a_job)
-    with pytest.raises(SupersededError, match="attempt 1 at trial 0 was superseded by attempt 2"):
+    with pytest.raises(SupersededError, match="attempt 1 at .* was superseded by attempt 2"):
         TRIALS[a_job.kind](a_job, tell)
     assert len(told) == 1
     assert [path.name for path in (a_job.folder / "part-00").iterdir()] == ["epoch-00001"]

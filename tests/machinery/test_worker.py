@@ -1,4 +1,4 @@
-"""What keeps a worker honest: its claim to a trial, the watch it is under, and the memory that it may not keep."""
+"""What keeps a worker honest: the watch it is under, and the memory that it may not keep."""
 
 import math
 import subprocess
@@ -14,29 +14,13 @@ from studies.machinery.worker import (
     GROWTH_MB,
     FreshProcessError,
     Job,
-    SupersededError,
     as_worker,
-    demand_ownership,
-    take_over,
 )
 from tests.conftest import ROOT
 
 
 def job(folder, attempt=1, hang_seconds=math.inf):
     return Job("search", 7, attempt, {}, ({},), folder, folder / "0007", 1, 0.0, hang_seconds)
-
-
-def test_a_later_attempt_fences_off_an_earlier_one(tmp_path):
-    first, second = job(tmp_path, 1), job(tmp_path, 2)
-    take_over(first)
-    demand_ownership(first)
-    take_over(second)
-    demand_ownership(second)
-    for refused in (take_over, demand_ownership):
-        with pytest.raises(SupersededError, match="attempt 1 at trial 7 was superseded by attempt 2"):
-            refused(first)
-    demand_ownership(second)
-    assert [path.name for path in second.folder.iterdir()] == ["attempt"]
 
 
 HANGS = """

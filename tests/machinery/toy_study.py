@@ -4,18 +4,23 @@ import json
 import sys
 from pathlib import Path
 
-from studies.machinery.driver import Places, execute, start_ray
+from studies.machinery.driver import Places, execute
 from studies.machinery.lease import Lease
 from studies.machinery.ledger import ATTEMPTS, Ledger
+from studies.machinery.resources import start_ray
 from studies.machinery.search import Series
 from studies.machinery.space import Uniform
 from studies.machinery.storage import open_storage
+from studies.machinery.store import opened
 from studies.machinery.study import Study
 from studies.machinery.worker import Job
 from tests.machinery.toys import EPOCHS, GOAL, toy_trial
 
 SPACE = {"x": Uniform(0.0, 1.0)}
-STUDY = {"sampler", "pruner", "parallel", "hours", "max_attempts", "hang_minutes", "disk_gb", "gpu_hours"}
+STUDY = {
+    *("sampler", "pruner", "parallel", "hours", "max_attempts", "hang_minutes", "disk_gb", "gpu_hours"),
+    "gpus_per_trial",
+}
 """Settings that are the study's; all others are the toys'."""
 
 
@@ -36,9 +41,10 @@ def run_toy(out, trials, *, name="toy", join=False, **settings):
             ({},),
             places.root,
             folder / f"{row.number:04d}",
-            1,
-            0.0,
+            resources.cpus,
+            resources.gpus,
             60 * study.hang_minutes,
+            store=store,
         )
 
     with Lease(storage.engine, name, join) as lease:
@@ -49,8 +55,9 @@ def run_toy(out, trials, *, name="toy", join=False, **settings):
         recorder.open("Why?", {"commit": "none"})
         with recorder:
             resources = start_ray(study)
-            series = Series("search", ledger, trials, [GOAL], job, max_attempts=study.max_attempts)
-            execute(study, [series], recorder, resources, folder, toy_trial)
+            with opened(folder) as store:
+                series = Series("search", ledger, trials, [GOAL], job, max_attempts=study.max_attempts)
+                execute(study, [series], recorder, resources, folder, toy_trial)
     return ledger
 
 

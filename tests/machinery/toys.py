@@ -9,7 +9,8 @@ import os
 import time
 
 from studies.machinery.records import GPU_SECONDS, PEAK_MEMORY, SECONDS, TAG_ATTEMPT, TAG_DEVICE, Record
-from studies.machinery.worker import demand_ownership, in_time, take_over
+from studies.machinery.store import bring, demand_ownership, keep, leave, take_over
+from studies.machinery.worker import in_time
 
 EPOCHS = 5
 GOAL = "validation/recall_at_1"
@@ -27,23 +28,27 @@ def value(x, epoch=EPOCHS):
 def toy_trial(config):
     job = config["job"]
     x, pause = job.settings["x"], job.settings.get("pause", 0.0)
-    take_over(job)
+    job = take_over(job)
     tell = in_time(job)
-    path = job.folder / "epochs.json"
+    bring(job, job.folder)
+    path = job.folder / "kept" / "epochs.json"
+    path.parent.mkdir(exist_ok=True)
     epochs = json.loads(path.read_text()) if path.exists() else []
-    for epoch in epochs:
+    for epoch, _ in epochs:
         tell(record(job, x, epoch))
     for epoch in range(len(epochs) + 1, EPOCHS + 1):
         time.sleep(pause)
         mischief(job, x, epoch)
-        epochs.append(epoch)
+        epochs.append((epoch, job.attempt))
         demand_ownership(job)
         aside = path.with_suffix(".part")
         aside.write_text(json.dumps(epochs))
         once(job, "dies_in_checkpoint", epoch, lambda: os.kill(os.getpid(), 9))
         aside.rename(path)
+        keep(job, path.parent)
         once(job, "dies_in_report", epoch, lambda: os.kill(os.getpid(), 9))
         tell(record(job, x, epoch))
+    leave(job)
 
 
 def record(job, x, epoch):
