@@ -49,9 +49,7 @@ class Run:
     reports: list[EpochReport] = field(default_factory=list)
 
 
-def new_run(
-    config: Config, train: LabelledSet, device: torch.device | str = "cpu", rank: int = 0, world: int = 1
-) -> Run:
+def new_run(config: Config, train: LabelledSet, device: torch.device | str = "cpu") -> Run:
     """Return a run at its start: networks drawn from the seed, averages at their start.
 
     Raises ConfigError where `train` has too few classes for a batch, or its rows or the weights don't fit the network.
@@ -76,8 +74,6 @@ def new_run(
         config.data.batch_size,
         config.optim.steps_per_epoch,
         config.seed,
-        rank,
-        world,
     )
     dtype = torch.float64 if config.optim.precision == "float64" else torch.float32
     layout = torch.channels_last if config.optim.channels_last else torch.preserve_format

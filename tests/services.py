@@ -78,6 +78,11 @@ class PostgreSQL:
         if self._runs():
             self._run("pg_ctl", "stop", "--wait", f"--mode={mode}")
 
+    @property
+    def process(self) -> int:
+        """The server's own, which has started all its others."""
+        return int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
+
     def url(self, database: str) -> str:
         """The SQLAlchemy address of a database, which is made at the first call."""
         # Here, since all tests load this module, and those of the core need no client of a database.
@@ -130,6 +135,12 @@ class MlflowServer:
     def url(self) -> str:
         """Its address, the same after every start."""
         return f"http://{HOST}:{self._port}"
+
+    @property
+    def process(self) -> int:
+        """The server's own, which has started all its others."""
+        assert self._process  # it runs
+        return self._process.pid
 
     def __enter__(self) -> Self:
         self.start()

@@ -20,7 +20,7 @@ PACKAGES = ("hdml_core", "studies", "cluster", "dashboards")
 # From the ground up; a module may import what stands below it. Each name is a room with its submodules:
 # within a room imports are free, between rooms of a floor there are none. In "name.*" each module is a room.
 FLOORS = (
-    ("hdml_core.notation", "hdml_core.errors"),
+    ("hdml_core.notation", "hdml_core.errors", "hdml_core.whole"),
     ("hdml_core.library_losses",),
     ("hdml_core.config",),
     (
@@ -35,7 +35,7 @@ FLOORS = (
     ("hdml_core.methods",),
     ("hdml_core.frozen",),
     ("hdml_core.training",),
-    ("hdml_core.checkpoint",),
+    ("hdml_core.checkpoint", "hdml_core.parallel"),
     ("studies.machinery",),
     ("studies.*", "cluster", "dashboards"),
 )
@@ -50,10 +50,11 @@ DOORS = {
         "studies.machinery.worker",
         "studies.machinery.store",
         "studies.machinery.postmortem",
+        "studies.machinery.ranks",
         "cluster.check",
         "cluster.doctor",
     ),
-    "mlflow": ("studies.machinery.experiment", "dashboards.runs"),
+    "mlflow": ("studies.machinery.experiment", "dashboards.runs", "cluster.doctor"),
     "optuna": (
         "studies.machinery.space",
         "studies.machinery.samplers",

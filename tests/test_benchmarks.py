@@ -20,7 +20,10 @@ from tests.conftest import ROOT
 NOT_NEEDED = ("matplotlib", "mlflow", "optuna", "psutil", "psycopg", "pytorch_metric_learning", "ray", "sqlalchemy")
 
 
-@pytest.mark.parametrize("name", ["retrieval", "step", pytest.param("growth", marks=pytest.mark.cluster)])
+STUDIES = [pytest.param(name, marks=pytest.mark.cluster) for name in ("growth", "scale")]
+
+
+@pytest.mark.parametrize("name", ["retrieval", "step", *STUDIES])
 def test_a_benchmark_leaves_its_ratios(name, tmp_path, capsys):
     rows = quick(name, tmp_path)
     assert all(row["ratio"] == row["ours"] / row["peer"] > 0 for row in rows)
@@ -46,7 +49,7 @@ def quick(name, out):
 def test_an_unknown_benchmark_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["retrival"])
-    assert "unknown benchmark 'retrival': there are growth, restore, retrieval, step" in capsys.readouterr().err
+    assert "unknown benchmark 'retrival': there are growth, restore, retrieval, scale, step" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Batches are laid out by role, are a function of (seed, epoch), share out over processes, and are uniform."""
+"""Batches are laid out by role, are a function of (seed, epoch), and are uniform."""
 
 import itertools
 
@@ -56,18 +56,6 @@ def test_other_seeds_and_epochs_draw_other_batches(layout):
     assert len(drawn) == 4
 
 
-@given(case=cases(), data=st.data())
-def test_processes_share_each_batch_out(case, data):
-    labels, layout, batch_size = case
-    tuples = batch_size // ROWS_PER_TUPLE[layout]
-    world = data.draw(st.sampled_from([n for n in range(1, tuples + 1) if tuples % n == 0]))
-    whole = RoleBatches(labels, layout, batch_size, 3, seed=4).epoch(2)
-    shares = [RoleBatches(labels, layout, batch_size, 3, 4, rank, world).epoch(2) for rank in range(world)]
-    for rows, *parts in zip(whole, *shares, strict=True):
-        by_role = [part.reshape(ROWS_PER_TUPLE[layout], tuples // world) for part in parts]
-        assert np.array_equal(np.concatenate(by_role, axis=1).ravel(), rows)
-
-
 @pytest.mark.parametrize(("rows", "steps"), [(600, 20), (601, 21), (40, 2)])
 def test_an_epoch_draws_as_many_rows_as_there_are(rows, steps):
     batches = RoleBatches(np.arange(rows) % 20, "pairs", batch_size=30, steps=0, seed=0)
@@ -118,11 +106,3 @@ def test_too_few_classes_are_refused(layout, batch_size, message):
 def test_as_many_classes_as_needed_will_do():
     RoleBatches(np.arange(10).repeat(4), "pairs", 20, 1, seed=0)
     RoleBatches(np.arange(10).repeat(4), "triplets", 15, 1, seed=0)
-
-
-def test_tuples_that_do_not_share_out_are_refused():
-    with pytest.raises(ConfigError) as error:
-        RoleBatches(np.arange(10).repeat(4), "pairs", 8, 1, seed=0, rank=0, world=3)
-    assert str(error.value) == (
-        "data.batch_size must make a multiple of 3 pairs, as many for each process, got 8, which makes 4"
-    )

@@ -16,7 +16,7 @@ from scipy.stats import ttest_rel
 
 from hdml_core.config import Config, ConfigError, Setting, to_settings, with_settings
 from studies.machinery.audit import Opening, new_opening, now, opened, openings
-from studies.machinery.driver import Places, commit, execute, prepare, recording
+from studies.machinery.driver import Places, commit, execute, is_shared, prepare, recording
 from studies.machinery.intervals import Interval, interval, paired
 from studies.machinery.lease import Lease
 from studies.machinery.ledger import ATTEMPTS, CHECKPOINTS, METRICS, REASON, TERMS, Ledger, Row, existing
@@ -131,7 +131,7 @@ def _open(study: Study, ledger: Ledger, other: Ledger | None, places: Places, as
     with Lease(storage.engine, study.name) as lease:
         arms = _arms(study, ledger, other)
         for arm, its in arms.items():
-            dataset = prepare(its.config, places.root)
+            dataset = prepare(its.config, places.root, is_shared(study))
             _demand_data(other if other and arm == BASELINE else ledger, dataset.digest)
 
         opening = _opening(ledger, arms, asked)
@@ -318,6 +318,7 @@ def _series(
             resources.gpus,
             60 * study.hang_minutes,
             store=store,
+            processes=resources.processes,
         )
 
     return Series(opening.label, sealed, len(arms) * opening.seeds, [GOAL], job, max_attempts=study.max_attempts)

@@ -20,6 +20,7 @@ from ray.tune import TuneError
 from hdml_core.config import Config, to_settings
 from hdml_core.datasets import Dataset, data_root, validation_fold
 from hdml_core.frozen import open_data
+from hdml_core.parallel import demand_extractor
 from hdml_core.training import new_run
 from studies.machinery.audit import floor_opened
 from studies.machinery.disk import DiskCap
@@ -120,7 +121,7 @@ def run_study(
     Raises ConfigError, DataError, LedgerError, LeaseError or TrackerError, with nothing begun, for what can be known
     beforehand, and KeyboardInterrupt where it was interrupted, all states saved.
     """
-    dataset, *_ = [prepare(config, places.root) for config in study.configs().values()]
+    dataset, *_ = [prepare(config, places.root, is_shared(study)) for config in study.configs().values()]
     storage = open_storage(places.ledger_url)
     points = [*study.first_points(), *best_points(storage, warm_start, study.search_space)]
     with Lease(storage.engine, study.name, join) as lease:
@@ -145,16 +146,23 @@ def run_study(
     return ledgers
 
 
-def prepare(config: Config, root: Path) -> Dataset:
-    """Make the data ready for all trials, and build one run to see that it can be built.
+def prepare(config: Config, root: Path, shared: bool = False) -> Dataset:
+    """Make the data ready for all trials, and build one run to see that it can be built, and shared out if need be.
 
     Raises DataError and ConfigError.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dataset = open_data(config, root, device)
     train, _ = validation_fold(dataset.train, config.data.folds, config.data.fold)
-    new_run(config, train)
+    run = new_run(config, train)
+    if shared:
+        demand_extractor(run)
     return dataset
+
+
+def is_shared(study: Study) -> bool:
+    """Whether several processes train each trial."""
+    return max(study.gpus_per_trial, study.processes_per_trial) > 1
 
 
 def open_ledgers(study: Study, storage: Storage, lease: Lease, floor: bool) -> dict[Kind, Ledger]:
@@ -246,6 +254,7 @@ def series(
             60 * study.hang_minutes,
             data,
             store,
+            processes=resources.processes,
         )
 
     return Series(

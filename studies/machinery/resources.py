@@ -41,15 +41,17 @@ Amounts = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Resources:
-    """What each trial gets: CPUs and a share of a GPU; or several GPUs, with a process of so many CPUs for each."""
+    """What each trial gets: so many CPUs for each of its processes, and GPUs, or a share of one, for all of them."""
 
     cpus: int
     gpus: float
+    processes: int = 1
 
-    @property
-    def processes(self) -> int:
-        """How many processes train a trial."""
-        return max(1, math.ceil(self.gpus))
+    @classmethod
+    def of(cls, study: Study, has_gpus: bool) -> "Resources":
+        """What the study asks for; of several GPUs each has a process of its own."""
+        gpus = study.gpus_per_trial if has_gpus else 0.0
+        return cls(study.cpus_per_trial, gpus, max(study.processes_per_trial, math.ceil(gpus)))
 
     @property
     def bundles(self) -> list[dict[str, float]]:
@@ -112,8 +114,7 @@ def start_ray(study: Study) -> Resources:
         # Left to itself, Tune asks for room for one trial at a time, and a cluster grows node after node.
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(study.parallel)
     kinds = [*nodes(), *may_come()]
-    has_gpus = any(kind["GPU"] for kind in kinds)
-    resources = Resources(study.cpus_per_trial, study.gpus_per_trial if has_gpus else 0.0)
+    resources = Resources.of(study, has_gpus=any(kind["GPU"] for kind in kinds))
     if not resources.fitting(kinds * resources.processes):
         raise ConfigError(
             f"the nodes must have room for a trial, got {' + '.join(map(str, resources.bundles))} on nodes of "

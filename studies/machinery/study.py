@@ -22,7 +22,7 @@ from studies.machinery.space import Choice, Dimension, Space, active, check_spac
 Sampler = Literal["tpe", "gp", "cmaes", "nsga2", "random", "grid", "qmc"]
 Pruner = Literal["median", "halving", "hyperband", "wilcoxon", "none"]
 
-COUNTS = ("trials", "folds", "seeds", "parallel", "cpus_per_trial", "max_attempts")
+COUNTS = ("trials", "folds", "seeds", "parallel", "cpus_per_trial", "processes_per_trial", "max_attempts")
 AMOUNTS = ("hours", "gpu_hours", "max_cost", "gpus_per_trial", "hang_minutes", "disk_gb")
 NOT_NEGATIVE = ("node_price", "seed")
 SETTABLE = (*COUNTS, *AMOUNTS, *NOT_NEGATIVE, "test_seeds", "paper_mode", "sampler", "pruner", "failures_allowed")
@@ -95,7 +95,9 @@ class Study:
     """Trials at once, at most; the more, the less each can learn from the others."""
     cpus_per_trial: int = 1
     gpus_per_trial: float = 1.0
-    """Used where there are GPUs; 0.5 puts two trials on each."""
+    """Used where there are GPUs; 0.5 puts two trials on each, and of several each has a process of its own."""
+    processes_per_trial: int = 1
+    """Train each trial together, on as many CPUs each; what they compute is what one would, but for rounding."""
     max_attempts: int = 3
     """How often a trial whose worker died or raised is run before it FAILs; a loss that is not finite FAILs at once."""
     hang_minutes: float = 120.0

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from hdml_core import checkpoint
+from hdml_core import checkpoint, parallel
 from hdml_core.config import Config, with_settings
 from hdml_core.datasets import DataError, Dataset, LabelledSet, validation_fold
 from hdml_core.frozen import open_data
 from hdml_core.notation import EpochReport, RetrievalReport
 from hdml_core.retrieval import evaluate_retrieval
 from hdml_core.training import Run, evaluate, fit, new_run
+from studies.machinery import ranks
 from studies.machinery.records import (
     GPU_SECONDS,
     HELD_MEMORY,
@@ -58,14 +59,24 @@ class GpuBusyError(RuntimeError):
 
 def run_job(config: Mapping[str, Any]) -> None:
     """Run the job of a Tune config, reporting {"record": Record} after every epoch."""
-    job: Job = config["job"]
+    job = take_over(config["job"])
+    with ranks.others(job, run_beside) as job:
+        _run(job, in_time(job))
+    leave(job)
+
+
+def run_beside(job: Job) -> None:
+    """Run a job as one of its ranks that does not lead."""
+    _run(job, lambda record: None)
+
+
+def _run(job: Job, tell: Tell) -> None:
     torch.set_num_threads(job.cpus)
     if job.gpus > 0:
         torch.cuda.reset_peak_memory_stats()
-        demand_gpu_memory(job.gpus)
-    job = take_over(job)
-    TRIALS[job.kind.partition("-")[0]](job, in_time(job))
-    leave(job)
+        demand_gpu_memory(job.gpus / job.processes)
+    with ranks.joined(job, _device(job)):
+        TRIALS[job.kind.partition("-")[0]](job, tell)
 
 
 def demand_gpu_memory(share: float) -> None:
@@ -193,8 +204,14 @@ def _run_part(
 ) -> Done:
     """Train one part from its checkpoint to its end, telling every epoch; return what has been done then."""
     folder = part_folder(job.folder, part)
-    bring(job, folder)
-    tags = _tags(job) | _restored(run, folder, job.attempt)
+    leads, shared = job.rank == 0, job.processes > 1
+    tags = _tags(job)
+    if leads:
+        bring(job, folder)
+        tags |= _restored(run, folder, job.attempt)
+    if shared:
+        parallel.share_out(run)
+        parallel.agree(run)
     total = run.config.optim.epochs
 
     own: dict[str, float] = {}
@@ -222,8 +239,11 @@ def _run_part(
         )
 
     def save_and_tell(report: EpochReport) -> None:
-        demand_ownership(job)
-        keep(job, checkpoint.save(run, folder))
+        if shared:
+            parallel.agree(run)
+        if leads:
+            demand_ownership(job)
+            keep(job, checkpoint.save(run, folder))
         told(report)
 
     for report in list(run.reports):

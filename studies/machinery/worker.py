@@ -60,6 +60,11 @@ class Job:
     """Where checkpoints go from machines that don't see the study's folder."""
     kept_in: Path | None = None
     """On such a machine, the trial's folder on the driver's disk."""
+    processes: int = 1
+    """How many train it together, its ranks; each has `cpus` CPUs, and they share its `gpus` evenly."""
+    rank: int = 0
+    meeting: str = ""
+    """HOST:PORT where the ranks meet."""
 
     @property
     def config(self) -> Config:

@@ -21,8 +21,8 @@ def node(cpus, gpus=0.0):
         (Resources(1, 1.0), [node(8, 4), node(2, 4), node(64)], 6),
         (Resources(1, 0.5), [node(8, 1)], 2),
         (Resources(1, 0.1), [node(16, 1)], 10),  # ten times 0.1, but for rounding
-        (Resources(2, 2.0), [node(8, 4)], 2),
-        (Resources(1, 2.0), [node(8, 1), node(8, 1)], 1),  # but several GPUs may
+        (Resources(2, 2.0, 2), [node(8, 4)], 2),
+        (Resources(1, 2.0, 2), [node(8, 1), node(8, 1)], 1),  # but several GPUs may
         (Resources(1, 1.0), [node(8)], 0),
         (Resources(1, 0.0), [], 0),
     ],
@@ -33,14 +33,16 @@ def test_so_many_trials_fit(asked, nodes, fitting):
 
 def test_a_trial_pays_for_its_share_of_the_dearest_node_that_it_may_be_on():
     assert Resources(1, 1.0).node_share([node(8, 4), node(8, 2), node(64)]) == 0.5
-    assert Resources(1, 4.0).node_share([node(8, 2)]) == 2.0
+    assert Resources(1, 4.0, 4).node_share([node(8, 2)]) == 2.0
     assert Resources(1, 1.0).node_share([]) == 1.0
 
 
 def test_several_gpus_are_a_process_each():
-    assert Resources(3, 2.0).bundles == [{"CPU": 3.0, "GPU": 1.0}] * 2
-    assert Resources(3, 0.5).bundles == [{"CPU": 3.0, "GPU": 0.5}]
-    assert Resources(3, 0.0).bundles == [{"CPU": 3.0}]
+    several = study(cpus_per_trial=3, gpus_per_trial=2.0)
+    assert Resources.of(several, has_gpus=True).bundles == [{"CPU": 3.0, "GPU": 1.0}] * 2
+    assert Resources.of(several, has_gpus=False).bundles == [{"CPU": 3.0}]
+    assert Resources.of(study(gpus_per_trial=0.5), has_gpus=True).bundles == [{"CPU": 1.0, "GPU": 0.5}]
+    assert Resources.of(study(processes_per_trial=2), has_gpus=False).bundles == [{"CPU": 1.0}] * 2
 
 
 @pytest.fixture
