@@ -126,7 +126,7 @@ class MlflowServer:
     """`mlflow server` over a database, its artifacts and its log in `folder`: two processes and about 400 MB."""
 
     def __init__(self, folder: Path, backend: str) -> None:
-        self._folder = folder
+        self.folder = folder
         self._backend = backend
         self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -156,11 +156,11 @@ class MlflowServer:
         options = f"--host {HOST} --port {self._port} --workers 1 --backend-store-uri".split()
         # Its job runner starts seven more processes, for evaluations that no study asks for.
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        log = self._folder / "server.log"
+        log = self.folder / "server.log"
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", *options, self._backend],
-                cwd=self._folder,
+                cwd=self.folder,
                 env=os.environ | quiet,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -77,7 +77,7 @@ def mischief(job, x, epoch):
     once(job, "raises", epoch, lambda: fail("the disk is full"))
     once(job, "hangs", epoch, lambda: time.sleep(600))
     if job.settings.get("always_raises") == job.number:
-        fail("it always does")
+        fail(os.path.expandvars(job.settings.get("says", "it always does")))
 
 
 def once(job, what, epoch, act):
