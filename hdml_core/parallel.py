@@ -56,11 +56,14 @@ def start(
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, f"tcp://{address}:{port}", timeout, world, rank)
+    # A first word among all: ranks that can't hear one another are known here, and none leaves while others still meet.
+    dist.all_reduce(torch.zeros(1, device=device))
 
 
 def stop() -> None:
-    """Leave the ranks; a process may start again."""
-    dist.destroy_process_group()
+    """Leave the ranks, where this process is one; it may start again."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def demand_extractor(run: Run) -> None:
@@ -108,11 +111,12 @@ def agree(run: Run) -> None:
             optimiser.state.clear()
         elif not optimiser.state:
             _make_moments(optimiser)
+    # In one order: an optimiser that was restored has its moments in another.
     moments = [
         moment
         for optimiser in run.optimisers.values()
-        for of_parameter in optimiser.state_dict()["state"].values()
-        for moment in of_parameter.values()
+        for _, of_parameter in sorted(optimiser.state_dict()["state"].items())
+        for _, moment in sorted(of_parameter.items())
     ]
     averages = {name: value.clone() for name, value in run.averages._asdict().items() if isinstance(value, Tensor)}
     tensors = [*run.networks.state_dict().values(), *moments, *averages.values()]

@@ -6,6 +6,7 @@ there are GPUs, each has one, and they speak by NCCL.
 
 import os
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,13 +16,19 @@ from torch import multiprocessing, nn
 
 from hdml_core import checkpoint, parallel, training
 from hdml_core.config import ConfigError
-from hdml_core.datasets import LabelledSet
 from tests.services import HOST, free_port
 from tests.test_training import CLASSES, ROWS, labelled, same, small_config
 
-IMAGES = {"data.name": "glyphs", "data.flip": True, "optim.precision": "float64"}
-# Finite averages from the start, so that real and synthetic tuples both weigh something; decay must count once.
-HDML = {"hdml.average_start": 3.0, "hdml.alpha": 1.0, "hdml.beta": 3.0, "optim.weight_decay": 1e-2}
+IMAGES = {"data.name": "glyphs", "data.flip": True, "optim.precision": "float64", "optim.steps_per_epoch": 3}
+# Finite averages from the start, so that real and synthetic tuples both weigh something; decay must count once. The
+# generator hardly moves: where its batch norm takes a bias away, the gradient is rounding's, and Adam makes it a step.
+HDML = {
+    "hdml.average_start": 3.0,
+    "hdml.alpha": 1.0,
+    "hdml.beta": 3.0,
+    "optim.weight_decay": 1e-2,
+    "optim.lr_generator": 1e-6,
+}
 AUTHORS = {"recipe": "authors", "hdml.lambda_soft": 1.0, "hdml.average_window": 4, **HDML}
 VARIANTS = {
     "npair": {"synthesis": "none", "optim.weight_decay": 1e-2},
@@ -74,25 +81,25 @@ class Processes:
 
     def call(self, world, function, *arguments, device="cpu", patience=60.0):
         """What each of `world` ranks returns of the call, or the error that it raised; EOFError where it died."""
-        self._held = [(process, line) for process, line in self._held if process.is_alive()]
         while len(self._held) < world:
             line, theirs = self._spawn.Pipe()
             process = self._spawn.Process(target=serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._held.append((process, line))
-        lines, port = [line for _, line in self._held[:world]], free_port()
-        for rank, line in enumerate(lines):
+        ranks, port = self._held[:world], free_port()
+        for rank, (_, line) in enumerate(ranks):
             own = device if device == "cpu" else f"{device}:{rank}"
             line.send(((rank, world, HOST, port, own, patience), function, arguments))
-        return list(map(answer, lines))
-
-
-def answer(line):
-    try:
-        return line.recv()
-    except EOFError as error:
-        return error
+        answers = []
+        for process, line in ranks:
+            try:
+                answers.append(line.recv())
+            except EOFError as error:
+                process.join()
+                self._held.remove((process, line))
+                answers.append(error)
+        return answers
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +165,17 @@ def assert_close(ours, theirs, rtol, atol):
         np.testing.assert_allclose(ours[name], value, rtol, atol, err_msg=name)
 
 
-def assert_like(ours, single, rtol=1e-8, atol=1e-8):
-    """Adam moves what has no gradient but rounding's, as a bias under batch norm, by that over 1e-8: atol is ten-fold."""
+def assert_like(ours, single):
+    """Equal to 1e-8; moments to 1e-6, for a single process's differ by as much where its start does by 1e-15."""
     assert ours.place == single.place
-    assert_close(ours.state, single.state, rtol, 10 * atol)
+    assert ours.state.keys() == single.state.keys()
+    for name, value in single.state.items():
+        tolerance = 1e-6 if name.startswith("optimisers") else 1e-8
+        np.testing.assert_allclose(ours.state[name], value, tolerance, tolerance, err_msg=name)
     for report, other in zip(ours.reports, single.reports, strict=True):
         assert (report.epoch, report.step, report.validation) == (other.epoch, other.step, other.validation)
-        assert_close(report.losses, other.losses, rtol, atol)
-        assert_close(report.trace, other.trace, rtol, atol)
+        assert_close(report.losses, other.losses, rtol=1e-8, atol=1e-8)
+        assert_close(report.trace, other.trace, rtol=1e-8, atol=1e-8)
 
 
 def assert_same(ours, other):
@@ -200,6 +210,18 @@ def test_a_run_of_two_is_that_of_one(processes, variant, batch_norm):
     assert any(name.startswith("networks.extractor") for name in moved) == (batch_norm == "trained")
 
 
+@pytest.mark.parametrize("batch_norm", BATCH_NORMS)
+def test_a_run_of_one_rank_is_that_of_none(monkeypatch, batch_norm):
+    settings = {**HDML, "network.batch_norm": batch_norm}
+    single = trained(settings)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    parallel.start(0, 1, HOST, free_port(), "cpu")
+    try:
+        assert_like(trained(settings), single)
+    finally:
+        parallel.stop()
+
+
 def test_so_it_is_in_float32_but_for_rounding(processes):
     settings = {"synthesis": "none", "optim.precision": "float32", "optim.epochs": 1, "optim.lr_extractor": 1e-4}
     first, second = processes.call(2, first_step, settings)
@@ -217,7 +239,7 @@ def mixed_step(settings):
     dtypes = []
     run.networks.extractor.body[0].register_forward_hook(lambda _, x, y: dtypes.append(y.dtype))
     losses = training._train_epoch(run, labelled(images=True))["j_metric"]
-    weight = run.networks.extractor.body[3].weight
+    weight = run.networks.extractor.body[4].weight
     assert weight.grad.is_contiguous(memory_format=torch.channels_last)
     assert not weight.grad.is_contiguous()
     return losses, set(dtypes)
@@ -254,10 +276,9 @@ def test_what_is_around_the_extractor_compiles(processes, variant):
 
 
 def activations():
-    """What the convnet gives after its second block."""
-    values = np.random.default_rng(0).normal(size=(CLASSES * ROWS, 1, 64, 8, 8)).astype(np.float32)
-    plain = labelled()
-    return LabelledSet(values, plain.rows, plain.labels, plain.names)
+    """As the convnet gives them after its second block."""
+    values = np.random.default_rng(0).normal(size=(CLASSES * ROWS, 1, 64, 8, 8))
+    return replace(labelled(), values=values.astype(np.float32))
 
 
 def on_activations(settings):
@@ -277,18 +298,21 @@ def test_what_comes_after_a_frozen_stem_is_shared_out_too(processes, batch_norm)
 # Three ranks, with slices of unlike sizes
 
 
+def on_batches(tuples, settings):
+    run = begin(settings)
+    run.batches.tuples = tuples  # fewer than a config may ask for
+    training.fit(run, labelled(images=True), validation(), lambda report: None)
+    return outcome(run)
+
+
 @pytest.mark.parametrize("batch_norm", BATCH_NORMS)
-@pytest.mark.parametrize(
-    "changes",
-    [{"data.batch_size": 14}, {"data.batch_size": 2, "loss.name": "contrastive", "synthesis": "none"}],
-    ids=str,
-)
-def test_slices_may_be_unequal_and_empty(processes, changes, batch_norm):
-    settings = {**HDML, **changes, "network.batch_norm": batch_norm, "optim.epochs": 1, "optim.steps_per_epoch": 4}
-    first, *others = processes.call(3, trained, settings)
+@pytest.mark.parametrize(("tuples", "variant"), [(7, "hdml-npair"), (1, "proxies")], ids=["4-5-5", "0-1-1"])
+def test_slices_may_be_unequal_and_empty(processes, tuples, variant, batch_norm):
+    settings = {**VARIANTS[variant], "network.batch_norm": batch_norm, "optim.epochs": 1}
+    first, *others = processes.call(3, on_batches, tuples, settings)
     for other in others:
         assert_same(first, other)
-    assert_like(first, trained(settings))
+    assert_like(first, on_batches(tuples, settings))
 
 
 def embeddings():
@@ -350,7 +374,8 @@ def test_rank_0_hands_on_all_that_it_has(processes, variant):
     assert first.reports == first_there.reports
     assert_same(first, first_there)
     assert_same(last, last_there)
-    assert not np.array_equal(first.state["networks.embedder.weight"], last.state["networks.embedder.weight"])
+    moved = "networks.extractor.body.0.weight"
+    assert not np.array_equal(first.state[moved], last.state[moved])
 
 
 def drifted(settings):
@@ -389,12 +414,11 @@ def test_a_checkpoint_is_continued_on_any_number_of_ranks(processes, tmp_path, r
 # What can't go on
 
 
-def falls_silent(seconds):
-    """Rank 1 works for so long, or dies of it, while the others train."""
-    begun = time.monotonic()
+def left_alone(leave):
+    """How long it takes a rank to see that rank 1 has left."""
     if rank() == 1:
-        time.sleep(seconds)
-        os._exit(1)
+        return leave()
+    begun = time.monotonic()
     try:
         first_step({})
     except RuntimeError:
@@ -402,13 +426,19 @@ def falls_silent(seconds):
     return None
 
 
-@pytest.mark.parametrize(
-    ("seconds", "patience", "wait"), [(0.0, 60.0, 30.0), (15.0, 3.0, 12.0)], ids=["dead", "silent"]
-)
-def test_where_one_ends_the_others_do_not_go_on(processes, seconds, patience, wait):
-    waited, gone, other = processes.call(3, falls_silent, seconds, patience=patience)
-    assert isinstance(gone, EOFError)
-    assert max(waited, other) < wait
+def fall_silent():
+    time.sleep(6)
+
+
+def die():
+    os._exit(1)
+
+
+@pytest.mark.parametrize(("leave", "patience", "at_most"), [(fall_silent, 2.0, 5.0), (die, 60.0, 30.0)])
+def test_where_one_leaves_the_others_do_not_go_on(processes, leave, patience, at_most):
+    assert processes.call(3, rank) == [0, 1, 2]
+    first, _, other = processes.call(3, left_alone, leave, patience=patience)
+    assert max(first, other) < at_most
 
 
 def test_a_rank_that_does_not_come_is_not_waited_for_for_ever():

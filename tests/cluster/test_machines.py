@@ -1,6 +1,7 @@
 """A study over three machines without a common disk, of which one goes and one is cut off in the middle."""
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -74,7 +75,8 @@ def test_a_machine_goes_and_another_is_cut_off(three, tmp_path):
     lost.cut()
     until(lambda: said().count("lost its machine") == 4)
     noticed = time.monotonic() - cut
-    assert noticed < NOTICED + 6, f"a cut link was noticed after {noticed:.0f} s"
+    print(f"a cut link was noticed after {noticed:.1f} s")
+    assert noticed < NOTICED + 6
     assert driver.wait(180) == 0, said()
 
     copy = shutil.copytree(out, tmp_path / "out")
@@ -92,4 +94,4 @@ def test_a_machine_goes_and_another_is_cut_off(three, tmp_path):
     # What is known of the end of an attempt is kept with the trial's run.
     for row in victims:
         (kept,) = copy.glob(f"mlruns/**/{row.notes[MLFLOW_RUN]}/artifacts/logs/attempt-1.txt")
-        assert "went with its machine" in kept.read_text()
+        assert re.search("The actor.*(went with its machine|can't be read)", kept.read_text(), re.DOTALL)
