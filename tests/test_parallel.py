@@ -19,7 +19,7 @@ from hdml_core.config import ConfigError
 from tests.services import HOST, free_port
 from tests.test_training import CLASSES, ROWS, labelled, same, small_config
 
-IMAGES = {"data.name": "glyphs", "data.flip": True, "optim.precision": "float64", "optim.steps_per_epoch": 3}
+IMAGES = {"data.name": "glyphs", "data.flip": True, "optim.precision": "float64", "optim.steps_per_epoch": 2}
 # Finite averages from the start, so that real and synthetic tuples both weigh something; decay must count once. The
 # generator hardly moves: where its batch norm takes a bias away, the gradient is rounding's, and Adam makes it a step.
 HDML = {
@@ -427,14 +427,14 @@ def left_alone(leave):
 
 
 def fall_silent():
-    time.sleep(6)
+    time.sleep(7)
 
 
 def die():
     os._exit(1)
 
 
-@pytest.mark.parametrize(("leave", "patience", "at_most"), [(fall_silent, 2.0, 5.0), (die, 60.0, 30.0)])
+@pytest.mark.parametrize(("leave", "patience", "at_most"), [(fall_silent, 2.0, 6.5), (die, 60.0, 30.0)])
 def test_where_one_leaves_the_others_do_not_go_on(processes, leave, patience, at_most):
     assert processes.call(3, rank) == [0, 1, 2]
     first, _, other = processes.call(3, left_alone, leave, patience=patience)
