@@ -130,7 +130,7 @@ def opening(**changes):
 @pytest.fixture
 def trained(monkeypatch):
     """No training: trainings end at once, the best ahead, in the order in which they were begun."""
-    monkeypatch.setattr(confirm, "prepare", lambda config, root: DATA)
+    monkeypatch.setattr(confirm, "prepare", lambda config, root, shared: DATA)
     recorder = FakeRecorder()
     monkeypatch.setattr(confirm, "recording", lambda *_: recorder)
     monkeypatch.setattr(confirm, "start_ray", lambda study: Resources(1, 0.0))
@@ -418,7 +418,7 @@ def test_a_study_without_a_rival_or_without_a_result_opens_nothing(places, train
 @pytest.mark.parametrize("against", [None, "other"])
 def test_other_data_than_were_searched_are_not_opened(against, places, ledger, trained, monkeypatch):
     searched(places, dataclasses.replace(STUDY, name="other"))
-    monkeypatch.setattr(confirm, "prepare", lambda config, root: SimpleNamespace(digest="1"))
+    monkeypatch.setattr(confirm, "prepare", lambda config, root, shared: SimpleNamespace(digest="1"))
     with pytest.raises(LedgerError, match=r"study 'study' must be measured on the data .* digest 0, got 1: .*--fresh"):
         confirm_study("study", places, Asked(against=against))
     assert openings(ledger) == []
