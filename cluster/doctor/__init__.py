@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.doctor.finding import BAD, OK, UNSEEN, Findings, count, unseen
+from cluster.doctor.finding import BAD, OK, UNSEEN, Findings, unseen
 from hdml_core.errors import ConfigError
 
 DONE, MISTAKE, WRONG, INTERRUPTED = 0, 2, 3, 130
@@ -73,10 +73,7 @@ def _say(findings: Findings) -> int:
     for finding in findings:
         marks[finding.mark] += 1
         print(redacted(str(finding)), flush=True)
-    if marks[BAD]:
-        end = f"{count(marks[BAD], 'thing')} to mend before a study is begun"
-    else:
-        end = "nothing to mend"
     unlooked = f", {marks[UNSEEN]} not looked at" if marks[UNSEEN] else ""
+    end = "mend what is BAD before a study is begun" if marks[BAD] else "nothing to mend"
     print(f"{marks[OK]} ok, {marks[BAD]} BAD{unlooked}: {end}", flush=True)
     return WRONG if marks[BAD] else DONE

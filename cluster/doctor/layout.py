@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cluster.check import check
-from cluster.doctor.finding import Finding, Findings, bad, first_line, ok, unseen
+from cluster.doctor.finding import BAD, Finding, Findings, bad, first_line, ok, unseen
 from cluster.site import unset
 
 SECRETS = Path(__file__).parents[1] / "secrets"
@@ -33,7 +33,7 @@ SSH = 22
 def examine(path: Path) -> Findings:
     """Look at a layout and at what it takes to start it."""
     complaints = check(path)
-    yield from (bad(f"{path}: {complaint}", "then `python -m cluster check` again") for complaint in complaints)
+    yield from (Finding(BAD, f"{path}: {complaint}") for complaint in complaints)  # each names its way out
     if not complaints:
         yield ok(f"{path}: nothing to complain of")
     yield from secrets(SECRETS)
@@ -45,6 +45,9 @@ def examine(path: Path) -> Findings:
 
 def secrets(folder: Path) -> Findings:
     """Whether the secrets are there, no one else's to read, and real."""
+    if not folder.is_dir():
+        yield bad(f"{folder} not found, where the secrets are", MAKE_SECRETS)
+        return
     sound = 0
     for name, (shape, wanted) in SHAPES.items():
         path = folder / name
@@ -157,7 +160,9 @@ def security_group(group: Mapping[str, Any]) -> Findings:
                 ssh.append(cidr)
             elif not network.is_private:
                 what = "all ports" if everything else f"ports {ports[0]} to {ports[1]}"
-                found.append(bad(f"security group {name} opens {what} to {cidr}, and ssh is all that is needed", way_out))
+                found.append(
+                    bad(f"security group {name} opens {what} to {cidr}, and ssh is all that is needed", way_out)
+                )
     if not inside:
         way_out = f"aws ec2 authorize-security-group-ingress --group-id {name} --protocol all --source-group {name}"
         found.append(bad(f"security group {name} keeps its own nodes from one another", way_out))

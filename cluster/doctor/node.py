@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -240,19 +241,18 @@ def manifests(root: Path) -> dict[str, list[str]]:
 
 def ports() -> dict[str, Any]:
     """Where Ray's programs listen beyond the loopback, and addresses of the node that the world may reach."""
-    listening = [
-        (program, connection.laddr.ip, connection.laddr.port)
-        for connection in psutil.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-        and not _address(connection.laddr.ip).is_loopback
-        and (program := _program_of_ray(connection.pid))
-    ]
-    own = {_address(each.address) for card in psutil.net_if_addrs().values() for each in card if _is_ip(each.family)}
+    listening = []
+    for each in psutil.net_connections("inet"):
+        if each.status == psutil.CONN_LISTEN and each.laddr and not _address(each.laddr.ip).is_loopback:
+            program = _program_of_ray(each.pid)
+            listening += [(program, each.laddr.ip, each.laddr.port)] if program else []
+    own = {
+        _address(each.address)
+        for card in psutil.net_if_addrs().values()
+        for each in card
+        if each.family in (socket.AF_INET, socket.AF_INET6)
+    }
     return {"listening": sorted(listening), "public": sorted(str(address) for address in own if address.is_global)}
-
-
-def _is_ip(family: int) -> bool:
-    return family.name in ("AF_INET", "AF_INET6")  # type: ignore[attr-defined]
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

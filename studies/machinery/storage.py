@@ -103,7 +103,8 @@ def open_storage(url: str) -> Storage:
             _write_ahead(Path(address.database))
         patience = {"timeout": 60} if address.get_backend_name() == "sqlite" else {"connect_timeout": 10}
         return Storage(url, engine_kwargs={"connect_args": patience, "pool_pre_ping": True})
-    except (SQLAlchemyError, ImportError, OSError, sqlite3.Error) as error:
+    # RuntimeError is Optuna's word for tables of another version of it; it names the way out.
+    except (SQLAlchemyError, ImportError, OSError, sqlite3.Error, RuntimeError) as error:
         raise LedgerError(f"the ledger {_without_password(url)} can't be opened: {first_line(error)}") from error
 
 

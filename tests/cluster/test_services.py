@@ -3,7 +3,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -31,6 +34,8 @@ class Services:
         if not (shutil.which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin/initdb"))):
             pytest.skip("PostgreSQL not found: put its initdb on PATH")
         self.folder, self.secrets, self.place = folder, folder / "secrets", folder / "place"
+        self.said = ""
+        self.commands = set()
         self.ports = {"HDML_POSTGRES_PORT": str(free_port()), "HDML_MLFLOW_PORT": str(free_port())}
         self.url = f"http://127.0.0.1:{self.ports['HDML_MLFLOW_PORT']}"
         self.ledger = f"postgresql+psycopg://hdml@127.0.0.1:{self.ports['HDML_POSTGRES_PORT']}/ledger"
@@ -43,16 +48,23 @@ class Services:
 
     def call(self, *arguments, **environment):
         """Run a command; return its exit status and what it said."""
+        with self.begin(*arguments, **environment) as process, _watching(self.commands):
+            said = process.communicate()[0]
+        self.said += said
+        return process.returncode, said
+
+    def begin(self, *arguments, **environment):
+        """Start a command."""
         places = {"HDML_SECRETS": str(self.secrets), "HDML_SERVICES": str(self.place), "HOME": str(self.folder)}
-        done = subprocess.run(
+        return subprocess.Popen(
             [*self._user, "bash", str(FOLDER / "services.sh"), *map(str, arguments)],
             env={**os.environ, **places, **self.ports, **environment},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            check=False,
+            start_new_session=True,
         )
-        return done.returncode, done.stdout + done.stderr
 
     def do(self, *arguments, **environment):
         """Run a command that has to succeed; return what it said."""
@@ -64,6 +76,31 @@ class Services:
         """Every secret that there is."""
         files = [path for path in self.secrets.rglob("*") if path.is_file()]
         return {secret for path in files for secret in SECRET.findall(path.read_text())}
+
+
+def _running():
+    """The command line of each process that there is."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            yield path.read_bytes().decode(errors="replace")
+
+
+@contextmanager
+def _watching(commands):
+    """See what a command starts, short as it may live: about as `ps` would if it were called without end."""
+    over = threading.Event()
+
+    def watch():
+        while not over.wait(0.005):
+            commands.update(_running())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +116,8 @@ def short():
 def services(short):
     (short / "one").mkdir()
     its = Services(short / "one")
-    its.said = its.do("secrets") + its.do("start")
+    its.do("secrets")
+    its.do("start")
     yield its
     its.do("stop")
 
@@ -103,26 +141,30 @@ def test_secrets_are_made_once_and_for_their_owner_alone(services):
     assert services.secrets.stat().st_mode & 0o777 == 0o700
     assert services.do("secrets").count("there already") == len(files)
     assert files == {path: path.read_text() for path in files}
-    # Each for one purpose: the role's in two forms, MinIO's too.
-    assert len(services.known()) == len(files) - 2
-
-
-def test_no_secret_is_on_a_command_line_or_in_a_log(services):
-    secrets = services.known()
-    commands = [path.read_bytes().decode() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert any("mlflow" in command for command in commands)
-    logs = [path.read_text() for path in services.place.glob("*.log")]
-    assert len(logs) == 3
-    assert not [secret for secret in secrets for text in [*commands, *logs, services.said] if secret in text]
+    # Each for one purpose, the role's alone in two forms.
+    assert len(services.known()) == len(files) - 1
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/api/2.0/mlflow/experiments/get?experiment_id=0", "/api/2.0/mlflow-artifacts/artifacts"]
+    ("method", "path"),
+    [
+        ("GET", "/"),
+        ("GET", "/api/2.0/mlflow/experiments/get?experiment_id=0"),
+        ("POST", "/ajax-api/2.0/mlflow/runs/search"),
+        ("POST", "/graphql"),
+        ("POST", "/v1/traces"),
+        ("GET", "/api/2.0/mlflow-artifacts/artifacts"),
+        ("PUT", "/api/2.0/mlflow-artifacts/artifacts/planted"),
+        ("GET", "/get-artifact?run_id=0&path=planted"),
+        ("POST", "/api/2.0/mlflow/users/create"),
+    ],
 )
 @pytest.mark.parametrize("header", [{}, {"Authorization": "Basic aGRtbDp3cm9uZw=="}])
-def test_mlflow_serves_no_stranger(services, path, header):
+def test_mlflow_serves_no_stranger(services, method, path, header):
+    content = None if method == "GET" else b"{}"
     with pytest.raises(HTTPError, match="401"):
-        urlopen(Request(services.url + path, headers=header))
+        urlopen(Request(services.url + path, content, {"Content-Type": "application/json", **header}, method=method))
+    assert not list(services.place.glob("artifacts/**/planted"))
 
 
 def test_mlflow_answers_to_no_other_name(services):
@@ -177,7 +219,7 @@ def test_all_comes_back_from_a_backup_and_nothing_is_overwritten(services, clien
     (short / "two").mkdir()
     other = Services(short / "two")
     try:
-        other.do("restore", short / "one/backup")
+        assert f"{other.place}/postgresql.part" in other.do("restore", short / "one/backup")
         status, refused = other.call("restore", short / "one/backup")
         assert (status, "must be empty, has" in refused) == (2, True)
         other.do("start")
@@ -208,8 +250,7 @@ def test_a_stop_and_a_start_keep_everything_and_nothing_runs_in_between(services
     services.do("stop")
     status, said = services.call("status")
     assert (status, said.count("does not answer")) == (3, 2)
-    running = [path.read_bytes().decode() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not [command for command in running if str(services.place) in command or services.url in command]
+    assert not [command for command in _running() if str(services.place) in command]
     services.do("start")
     assert services.do("start").count(" answers at ") == 2
     assert client.get_run(run).info.run_id == run
@@ -219,19 +260,63 @@ def test_mistakes_are_told_with_the_way_out(services):
     wrong = [
         (["strat"], {}, "usage: "),
         (["backup"], {}, "backup DIR"),
-        (["restore", "/nowhere"], {}, "/nowhere is no backup: ledger.dump not found"),
-        (["start"], {"HDML_SECRETS": "/nowhere"}, "/nowhere not found: run"),
+        (["restore", "/nowhere"], {}, "/nowhere is no backup: mlflow.dump not found"),
+        (["start"], {"HDML_SECRETS": "/nowhere"}, "/nowhere/pgpass not found: run"),
     ]
     for arguments, environment, complaint in wrong:
         status, said = services.call(*arguments, **environment)
         assert (status, complaint in said) == (2, True), said
 
 
-def test_root_is_sent_away():
+@pytest.mark.parametrize("command", [["start"], ["restore", "/nowhere"]])
+def test_root_is_sent_away(command):
     if os.geteuid() != 0:
         pytest.skip("only root can see whether root is sent away")
-    done = subprocess.run(["bash", FOLDER / "services.sh", "start"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", FOLDER / "services.sh", *command], capture_output=True, text=True, check=False)
     assert (done.returncode, "the user who is to own the services" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("moment", ["initdb", "pg_ctl start", "psql"])
+def test_a_start_that_was_killed_is_begun_again_by_the_next(short, moment, monkeypatch):
+    folder = short / moment.replace(" ", "-")
+    folder.mkdir()
+    its = Services(folder)
+    its.do("secrets")
+    its.artifacts = "s3://nowhere"
+    try:
+        with its.begin("start") as process:
+            for line in process.stdout:
+                if line.startswith(f"$ {moment}"):
+                    break
+            os.killpg(process.pid, signal.SIGKILL)
+        its.do("start")
+        monkeypatch.setenv("PGPASSFILE", str(its.secrets / "pgpass"))
+        open_storage(its.ledger).engine.dispose()
+    finally:
+        its.do("stop")
+
+
+def test_a_new_password_counts_from_the_next_start(services, monkeypatch, tmp_path):
+    old = services.secrets / "pgpass"
+    shutil.copy(old, tmp_path / "old")
+    for name in ("pgpass", "server/hdml_password"):
+        path = services.secrets / name
+        path.write_text(SECRET.sub("5" * 64, path.read_text()))
+    services.do("start")
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "old"))
+    with pytest.raises(LedgerError, match="password authentication failed"):
+        open_storage(services.ledger)
+    monkeypatch.setenv("PGPASSFILE", str(old))
+    open_storage(services.ledger).engine.dispose()
+
+
+def test_no_secret_was_on_a_command_line_or_is_in_a_log(services):
+    programs = ("initdb", "psql", "pg_dump", "mlflow server", "mlflow db", "optuna storage")
+    seen = [command.replace("\0", " ") for command in services.commands]
+    assert [program for program in programs if not any(program in command for command in seen)] == []
+    logs = [path.read_text() for path in services.place.glob("*.log")]
+    assert len(logs) == 3
+    assert not [secret for secret in services.known() for text in [*seen, *logs, services.said] if secret in text]
 
 
 @pytest.fixture(scope="module")
@@ -258,3 +343,21 @@ def test_containers_find_the_secrets_that_are_made(compose, services):
     assert compose["services"]["mlflow"]["command"][-1] == "serve"
     for mount in compose["services"]["postgres"]["volumes"][1:]:
         assert (FOLDER / mount.split(":")[0]).is_file()
+
+
+def test_the_container_of_the_database_hands_over_what_its_user_may_not_read(compose, short):
+    if os.geteuid() != 0:
+        pytest.skip("only root can hand a file over")
+    there = short / "container"
+    for folder in ("run/secrets", "run/hdml"):
+        (there / folder).mkdir(parents=True)
+    (there / "run/secrets/hdml_password").write_text("kept")
+    (there / "run/secrets/hdml_password").chmod(0o600)
+    shell, option, script = compose["services"]["postgres"]["entrypoint"]
+    script = script.replace("/run/", f"{there}/run/").replace(
+        "exec docker-entrypoint.sh postgres",
+        "exec setpriv --reuid=postgres --regid=postgres --clear-groups cat " + f"{there}/run/hdml/hdml_password",
+    )
+    assert compose["services"]["postgres"]["environment"]["PASSWORD_FILE"] == "/run/hdml/hdml_password"
+    done = subprocess.run([shell, option, script], capture_output=True, text=True, check=True)
+    assert done.stdout == "kept"

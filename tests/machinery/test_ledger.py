@@ -333,6 +333,14 @@ def test_an_address_of_no_ledger_is_refused(url, says):
     assert "\n" not in str(refused.value)
 
 
+def test_tables_of_another_optuna_are_told_with_the_way_out(ledger, tmp_path):
+    with sqlite3.connect(tmp_path / "ledger.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
+    connection.close()
+    with pytest.raises(LedgerError, match="ledger.db can't be opened: .*storage upgrade"):
+        open_storage(f"sqlite:///{tmp_path}/ledger.db")
+
+
 def test_uniform_spaces_are_drawn_too(begin):
     row = begin("other", {"x": Uniform(0.0, 1.0)}, sampler="random").next(1)
     assert 0.0 <= row.params["x"] <= 1.0
