@@ -1,5 +1,5 @@
--- The databases of a cluster, and the one role that may open them; its password comes from the file PASSWORD_FILE. May be
--- run again, by who may make roles and databases: what is there stays, and the role has the file's password from then on.
+-- The databases of a cluster, and the one role that may open them; its password comes from the file PASSWORD_FILE.
+-- May be run again, by who may make roles and databases: what is there stays, and the file's password counts.
 -- A statement that fails must not be logged with the password in it.
 SET log_min_error_statement = panic;
 \set ON_ERROR_STOP on

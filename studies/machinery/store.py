@@ -23,9 +23,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hdml_core import whole
+from studies.machinery.records import trial_id
 from studies.machinery.worker import Job
 
-OWNER = "attempt"
+OWNER = "attempt.json"
 """File in a trial's folder: which attempt it belongs to."""
 
 
@@ -70,7 +71,9 @@ def opened(folder: Path) -> Iterator[Store | None]:
         yield None
         return
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    keeper = ray.remote(num_cpus=0)(Keeper).options(scheduling_strategy=here).remote()
+    # What it does may be done twice: where it dies it is started again, and asked again.
+    keeper = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Keeper)
+    keeper = keeper.options(scheduling_strategy=here).remote()
     store = Store(folder, f".seen-{uuid.uuid4().hex}", keeper)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / store.mark).touch()
@@ -113,7 +116,7 @@ def take_over(job: Job) -> Job:
         job.folder.mkdir(parents=True, exist_ok=True)
         _claim(job.folder, _attempt(job, job.folder))
         return job
-    there = Path(tempfile.gettempdir()) / job.store.mark.strip(".") / job.folder.relative_to(job.store.folder)
+    there = Path(tempfile.gettempdir()) / job.store.mark.strip(".") / job.kind / trial_id(job.number)
     shutil.rmtree(there, ignore_errors=True)
     there.mkdir(parents=True)
     ray.get(job.store.keeper.claim.remote(job.folder, _attempt(job, there)))

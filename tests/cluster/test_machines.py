@@ -67,7 +67,7 @@ def test_a_machine_goes_and_another_is_cut_off(three, tmp_path):
 
     # Six trials at once, two on each machine, and each has been through two epochs.
     until(lambda: all(len(epochs(trial)) >= 2 for trial in range(6)))
-    nodes = [json.loads((out / f"toy/{trial:04d}/attempt").read_text())["node"] for trial in range(6)]
+    nodes = [json.loads((out / f"toy/{trial:04d}/attempt.json").read_text())["node"] for trial in range(6)]
     assert sorted(Counter(nodes).values()) == [2, 2, 2]
     killed.kill()
     until(lambda: said().count("lost its machine") == 2)

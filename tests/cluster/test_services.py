@@ -35,7 +35,7 @@ class Services:
             pytest.skip("PostgreSQL not found: put its initdb on PATH")
         self.folder, self.secrets, self.place = folder, folder / "secrets", folder / "place"
         self.said = ""
-        self.commands = set()
+        self.commands, self._known = set(), set()
         self.ports = {"HDML_POSTGRES_PORT": str(free_port()), "HDML_MLFLOW_PORT": str(free_port())}
         self.url = f"http://127.0.0.1:{self.ports['HDML_MLFLOW_PORT']}"
         self.ledger = f"postgresql+psycopg://hdml@127.0.0.1:{self.ports['HDML_POSTGRES_PORT']}/ledger"
@@ -73,9 +73,10 @@ class Services:
         return said
 
     def known(self):
-        """Every secret that there is."""
+        """Every secret that there is, or was when this was asked before."""
         files = [path for path in self.secrets.rglob("*") if path.is_file()]
-        return {secret for path in files for secret in SECRET.findall(path.read_text())}
+        self._known |= {secret for path in files for secret in SECRET.findall(path.read_text())}
+        return self._known
 
 
 def _running():
@@ -276,19 +277,15 @@ def test_root_is_sent_away(command):
     assert (done.returncode, "the user who is to own the services" in done.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("moment", ["initdb", "pg_ctl start", "psql"])
-def test_a_start_that_was_killed_is_begun_again_by_the_next(short, moment, monkeypatch):
-    folder = short / moment.replace(" ", "-")
-    folder.mkdir()
-    its = Services(folder)
+def test_a_start_that_was_killed_is_begun_again_by_the_next(short, monkeypatch):
+    (short / "killed").mkdir()
+    its = Services(short / "killed")
     its.do("secrets")
-    its.artifacts = "s3://nowhere"
     try:
-        with its.begin("start") as process:
-            for line in process.stdout:
-                if line.startswith(f"$ {moment}"):
-                    break
-            os.killpg(process.pid, signal.SIGKILL)
+        for moment in ("initdb", "pg_ctl start", "psql", "setsid"):
+            with its.begin("start") as process:
+                assert any(f"$ {moment}" in line for line in process.stdout)
+                os.killpg(process.pid, signal.SIGKILL)
         its.do("start")
         monkeypatch.setenv("PGPASSFILE", str(its.secrets / "pgpass"))
         open_storage(its.ledger).engine.dispose()
@@ -299,6 +296,7 @@ def test_a_start_that_was_killed_is_begun_again_by_the_next(short, moment, monke
 def test_a_new_password_counts_from_the_next_start(services, monkeypatch, tmp_path):
     old = services.secrets / "pgpass"
     shutil.copy(old, tmp_path / "old")
+    assert len(services.known()) == 5
     for name in ("pgpass", "server/hdml_password"):
         path = services.secrets / name
         path.write_text(SECRET.sub("5" * 64, path.read_text()))
@@ -354,10 +352,8 @@ def test_the_container_of_the_database_hands_over_what_its_user_may_not_read(com
     (there / "run/secrets/hdml_password").write_text("kept")
     (there / "run/secrets/hdml_password").chmod(0o600)
     shell, option, script = compose["services"]["postgres"]["entrypoint"]
-    script = script.replace("/run/", f"{there}/run/").replace(
-        "exec docker-entrypoint.sh postgres",
-        "exec setpriv --reuid=postgres --regid=postgres --clear-groups cat " + f"{there}/run/hdml/hdml_password",
-    )
+    read = f"setpriv --reuid=postgres --regid=postgres --clear-groups cat {there}/run/hdml/hdml_password"
+    script = script.replace("/run/", f"{there}/run/").replace("docker-entrypoint.sh postgres", read)
     assert compose["services"]["postgres"]["environment"]["PASSWORD_FILE"] == "/run/hdml/hdml_password"
     done = subprocess.run([shell, option, script], capture_output=True, text=True, check=True)
     assert done.stdout == "kept"

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from studies.machinery import store
 from studies.machinery.postmortem import tails
@@ -35,7 +36,7 @@ def test_a_later_attempt_fences_off_an_earlier_one(tmp_path):
         with pytest.raises(SupersededError, match="attempt 1 at .*0007 was superseded by attempt 2"):
             refused(first)
     demand_ownership(second)
-    assert [path.name for path in second.folder.iterdir()] == ["attempt"]
+    assert [path.name for path in second.folder.iterdir()] == ["attempt.json"]
     assert latest_attempt(second.folder).number == 2
 
 
@@ -61,7 +62,7 @@ def write(folder, name, content):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.json")}
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("run.json")}
 
 
 @pytest.mark.cluster
@@ -93,6 +94,17 @@ def test_checkpoints_of_a_far_machine_are_kept_and_brought_to_the_next(far, tmp_
     assert contents(second.kept_in) == two_to_four
     leave(second)
     assert not second.folder.exists()
+
+
+@pytest.mark.cluster
+def test_a_keeper_that_dies_is_started_again(far, tmp_path, monkeypatch):
+    monkeypatch.setattr(store.tempfile, "gettempdir", lambda: str(tmp_path))
+    first = take_over(replace(job(far.folder, store=far), number=5, folder=far.folder / "trials/0005"))
+    keep(first, write(first.folder, "part-00/epoch-1", "epoch 1"))
+    with pytest.raises(RayActorError):
+        ray.get(far.keeper.__ray_call__.options(max_task_retries=0).remote(lambda keeper: os._exit(1)))
+    keep(first, write(first.folder, "part-00/epoch-2", "epoch 2"))
+    assert len(contents(first.kept_in)) == 2
 
 
 @pytest.mark.cluster
