@@ -227,7 +227,7 @@ def node(site: Site, place: Place, path: Mapping[str, str]) -> Document:
             ENVIRONMENT.format(lines=exports({**path, **environment(site, place)})),
             "bash ~/hdml/cluster/node.sh",
         ],
-        "head_setup_commands": ["touch ~/.hdml_head"],
+        "head_setup_commands": ["hostname > ~/.hdml_head"],
         "worker_setup_commands": ["bash ~/hdml/cluster/node.sh worker"],
         "head_start_ray_commands": [
             "ray stop",

@@ -41,6 +41,8 @@ place_secrets() {
 
 # A worker whose home folder is the head's as well must leave them to it.
 forget_secrets() {
+    # One that was a head before is none now.
+    [ "$(cat ~/.hdml_head 2>/dev/null)" != "$(hostname)" ] || rm -f ~/.hdml_head
     [ -e ~/.hdml_head ] || rm -f ~/.pgpass ~/.mlflow/credentials
     [ -e ~/.hdml_head ] || sudo -n rm -f "$secrets/pgpass" "$secrets/mlflow_credentials" 2>/dev/null ||
         rm -f "$secrets/pgpass" "$secrets/mlflow_credentials"

@@ -68,10 +68,6 @@ run() { # a command, as a user types it, and how long it took
     printf '(%s s, status %s)\n' $((SECONDS - begun)) "$status"
     return "$status"
 }
-refused() { # a command that must not succeed
-    if run "$@"; then echo "NOT REFUSED: $*" >&2; exit 1; fi
-}
-
 echo "== an ssh server"
 mkdir -p /run/sshd "/home/$user/.ssh"
 ssh-keygen -q -t ed25519 -N '' -f "$place/host"
@@ -120,11 +116,27 @@ run ray exec cluster/local.yaml 'ray job logs --follow tried'
 run ray exec cluster/local.yaml 'ray job status tried | grep succeeded'
 
 echo "== who has no token or password is refused"
-jobs=http://127.0.0.1:8265/api/jobs/
-[ "$(curl -s -o /dev/null -w '%{http_code}' -X POST -d '{"entrypoint": "id"}' $jobs)" = 401 ] && echo "job submission: 401"
-[ "$(curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8265/api/version)" = 401 ] && echo "dashboard: 401"
-[ "$(curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:5000/api/2.0/mlflow/experiments/get?experiment_id=0)" = 401 ] && echo "MLflow: 401"
-refused runuser -u nobody -- env HOME=/ "$bin/python" -c 'import psycopg; psycopg.connect("postgresql://hdml@127.0.0.1/ledger")'
+demand_401() { # WHAT, and how curl asks for it
+    local what=$1 answer
+    shift
+    answer=$(curl --silent --output /dev/null --write-out '%{http_code}' "$@")
+    [ "$answer" = 401 ] || { echo "NOT REFUSED: $what answers $answer" >&2; exit 1; }
+    echo "$what: 401"
+}
+demand_401 "job submission" --data '{"entrypoint": "id"}' http://127.0.0.1:8265/api/jobs/
+demand_401 dashboard http://127.0.0.1:8265/api/version
+demand_401 MLflow http://127.0.0.1:5000/api/2.0/mlflow/experiments/get?experiment_id=0
+python - << 'END'
+import os, psycopg
+os.environ["PGPASSFILE"] = "/dev/null"
+try:
+    psycopg.connect("postgresql://hdml@127.0.0.1/ledger")
+except psycopg.OperationalError as error:
+    assert "no password supplied" in str(error), error
+    print("PostgreSQL: no password supplied")
+else:
+    raise SystemExit("NOT REFUSED: PostgreSQL")
+END
 
 echo "== the end"
 run ray down -y cluster/local.yaml

@@ -20,9 +20,11 @@ def put(target: Path, files: Mapping[str, bytes]) -> None:
             (aside / name).write_bytes(content)
         for path in (*aside.iterdir(), aside):
             _flush(path)
+        replaced = target.parent / f".replaced-{os.getpid()}"
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(replaced)
         aside.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _flush(target.parent)

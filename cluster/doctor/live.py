@@ -116,8 +116,8 @@ def _cluster(places: Places | None, dashboard: str) -> Findings:
     """Look at Ray and at every node of it."""
     alive = [each for each in ray.nodes() if each["Alive"]]
     yield ok(f"Ray {ray.__version__} at {ray.get_runtime_context().gcs_address}: {count(len(alive), 'node')}")
-    if kinds := may_come():
-        yield unseen(f"nodes of {count(len(kinds), 'kind')} that may still come", "again once they are there")
+    if coming := may_come():
+        yield unseen(f"{count(len(coming), 'node')} that may still come", "again once they are there")
     token = _asks_for_token()
     yield _token(token)
     yield _dashboard(dashboard)

@@ -22,12 +22,12 @@ from studies.machinery.experiment import HABITS
 from studies.machinery.ledger import Ledger
 from studies.machinery.storage import LedgerError, Storage, open_storage
 
-NAME = "doctor"
+NAME = "hdml.doctor"
 """What the study and the experiment are called that are made to be deleted again."""
 TIMES = 5
 """Writes of which the mean is told."""
 POINTS = 10
-START = "cluster/services/services.sh start"
+START, UPGRADE = "cluster/services/services.sh start", "cluster/services/services.sh upgrade"
 
 
 def ledger(url: str) -> Findings:
@@ -36,13 +36,14 @@ def ledger(url: str) -> Findings:
     try:
         storage = open_storage(url)
     except LedgerError as error:
-        yield bad(str(error), f"{START}, or set HDML_LEDGER; its password is in ~/.pgpass (mode 600)")
+        # Optuna's word for tables of another version of it is RuntimeError.
+        start = f"{START}, or set HDML_LEDGER; its password is in ~/.pgpass (mode 600)"
+        yield bad(str(error), UPGRADE if isinstance(error.__cause__, RuntimeError) else start)
         return
     try:
         has, wanted = storage.get_current_version(), storage.get_head_version()
         if has != wanted:
-            way_out = "cluster/services/services.sh upgrade"
-            yield bad(f"the ledger {place} has schema {has}, this Optuna {wanted}", way_out)
+            yield bad(f"the ledger {place} has schema {has}, this Optuna {wanted}", UPGRADE)
         else:
             yield ok(f"ledger {place}: schema {has}, a commit in {_commit(storage):.1f} ms")
     except (SQLAlchemyError, LedgerError) as error:

@@ -130,9 +130,11 @@ def _open(study: Study, ledger: Ledger, other: Ledger | None, places: Places, as
     storage = open_storage(places.ledger_url)
     with Lease(storage.engine, study.name) as lease:
         arms = _arms(study, ledger, other)
+        digests = {}
         for arm, its in arms.items():
             dataset = prepare(its.config, places.root, is_shared(study))
             _demand_data(other if other and arm == BASELINE else ledger, dataset.digest)
+            digests[arm] = dataset.digest
 
         opening = _opening(ledger, arms, asked)
         folder = places.out / study.name
@@ -143,7 +145,8 @@ def _open(study: Study, ledger: Ledger, other: Ledger | None, places: Places, as
             sealed.enqueue({ARM: arm, "seed": seed} for seed in range(first, first + opening.seeds) for arm in arms)
             resources = start_ray(study)
             with stored(folder) as store:
-                plan = [_series(study, opening, sealed, arms, places.root, folder / opening.label, store, resources)]
+                label = folder / opening.label
+                plan = [_series(study, opening, sealed, arms, digests, places.root, label, store, resources)]
                 execute(study, plan, recorder, resources, folder)
             found = compare(sealed.rows(), arms, asked.paper_mode)
             recorder.note(opening.label, opening.tags(), _metrics(found))
@@ -298,6 +301,7 @@ def _series(
     opening: Opening,
     sealed: Ledger,
     arms: Mapping[str, Arm],
+    digests: Mapping[str, str],
     root: Path,
     folder: Path,
     store: Store | None,
@@ -317,7 +321,8 @@ def _series(
             resources.cpus,
             resources.gpus,
             60 * study.hang_minutes,
-            store=store,
+            digests[str(row.params[ARM])],
+            store,
             processes=resources.processes,
         )
 

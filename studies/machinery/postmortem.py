@@ -14,11 +14,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from studies.machinery.redaction import redacted
 from studies.machinery.store import Attempt, latest_attempt
-from studies.machinery.worker import Job
+from studies.machinery.worker import FreshProcessError, Job
 
 LOG_TAIL = 64 * 2**10
 """Bytes of a worker's output that are kept, the last ones."""
-PATIENCE = 20.0
+PATIENCE = 5.0
 """Seconds for which a machine is asked for the output of a worker that it had."""
 
 
@@ -42,12 +42,11 @@ def examine(trial: Trial, job: Job) -> Postmortem:
     attempt = latest_attempt(job.folder)
     if attempt is None or attempt.number != job.attempt:
         # It ended before its worker could say where it was.
-        attempt = Attempt(job.attempt, "", str(job.folder), {})
-    # A machine that nobody reaches is not yet known to be gone.
-    lost = isinstance(error, ActorUnavailableError) or (
-        isinstance(error, RayActorError) and (error.preempted or _is_gone(attempt.node))
-    )
+        attempt = Attempt(job.attempt, [], str(job.folder), {})
+    if isinstance(error, FreshProcessError):
+        return Postmortem(error, _line(error), False, "")
     hung, written = _last_words(job, attempt)
+    lost = _is_of_a_lost_machine(error, attempt)
     if hung:
         reason = f"hung: told nothing for {job.hang_seconds:.0f} s, see {Path(attempt.folder) / job.hung.name}"
     else:
@@ -61,12 +60,13 @@ def _last_words(job: Job, attempt: Attempt) -> tuple[str, Mapping[str, str]]:
     """What the worker's watch wrote of a hang, and the end of its output by file, from whichever machine it was on."""
     hung = str(Path(attempt.folder) / job.hung.name)
     asked = {hung: 0, **attempt.logs}
-    if not attempt.node or attempt.node == ray.get_runtime_context().get_node_id():
+    node = next(iter(attempt.nodes), "")
+    if node in ("", ray.get_runtime_context().get_node_id()):
         found = tails(asked)
-    elif _is_gone(attempt.node):
+    elif _is_gone(node):
         found = dict.fromkeys(attempt.logs, "went with its machine")
     else:
-        there = NodeAffinitySchedulingStrategy(attempt.node, soft=False)
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
         reading = ray.remote(num_cpus=0, max_retries=0)(tails).options(scheduling_strategy=there).remote(asked)
         try:
             found = ray.get(reading, timeout=PATIENCE)
@@ -76,18 +76,32 @@ def _last_words(job: Job, attempt: Attempt) -> tuple[str, Mapping[str, str]]:
 
 
 def tails(paths: Mapping[str, int]) -> dict[str, str]:
-    """Return the ends of those files that are on this machine, each no earlier than at an offset in bytes."""
+    """Return the ends of those files that are on this machine, in whole lines, none from before an offset in bytes."""
     found = {}
     for path, start in paths.items():
         if os.path.exists(path):
             with open(path, "rb") as file:
-                file.seek(max(start, os.fstat(file.fileno()).st_size - LOG_TAIL))
+                cut = os.fstat(file.fileno()).st_size - LOG_TAIL
+                file.seek(max(start, cut))
+                if cut > start:
+                    file.readline()  # half a line may hold half a secret
                 found[path] = file.read().decode(errors="replace")
     return found
 
 
+def _is_of_a_lost_machine(error: BaseException, attempt: Attempt) -> bool:
+    """Whether a worker ended with its machine, or with one of its ranks'.
+
+    Ray says so, names a node that is gone, or does not reach it any more; or a node that it was on is gone.
+    """
+    if isinstance(error, RayActorError) and (error.preempted or isinstance(error, ActorUnavailableError)):
+        return True
+    gone = [node["NodeID"] for node in ray.nodes() if not node["Alive"]]
+    return any(node in attempt.nodes or node in str(error) for node in gone)
+
+
 def _is_gone(node: str) -> bool:
-    return node != "" and not any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())
+    return not any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())
 
 
 def _told(raised: BaseException) -> str:

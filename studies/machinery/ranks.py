@@ -11,17 +11,21 @@ from dataclasses import replace
 
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hdml_core import parallel
 from studies.machinery.worker import Job
+
+PATIENCE = 60.0
+"""Seconds until a rank that is gone must be known to be, with whatever it ended by."""
 
 
 @contextmanager
 def others(job: Job, work: Callable[[Job], None]) -> Iterator[Job]:
     """Have the trial's other ranks do the same work meanwhile; the job that is yielded says where they meet.
 
-    Raises what another raised. However it ends, none of them goes on.
+    Raises what another raised, where that is why this one could not go on. However it ends, none of them does.
     """
     if job.processes == 1:
         yield job
@@ -37,6 +41,12 @@ def others(job: Job, work: Callable[[Job], None]) -> Iterator[Job]:
     try:
         yield job
         ray.get(rest)
+    except RuntimeError:
+        # What a rank hears of another that is gone: that one's own error tells more, once Ray has noticed.
+        ended, _ = ray.wait(rest, timeout=PATIENCE)
+        for rank in ended:
+            _raise_as_it_was(rank)
+        raise
     finally:
         for rank in rest:
             ray.cancel(rank, force=True)
@@ -54,6 +64,13 @@ def joined(job: Job, device: torch.device) -> Iterator[None]:
         yield
     finally:
         parallel.stop()
+
+
+def _raise_as_it_was(rank: ray.ObjectRef) -> None:
+    try:
+        ray.get(rank)
+    except RayTaskError as error:
+        raise error.cause from error
 
 
 def _free_address() -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 HIDDEN = "***"
 SHORTEST = 8
@@ -60,7 +60,9 @@ def known() -> set[str]:
 def _of_environment() -> Iterator[str]:
     for name in ADDRESSES:
         with suppress(ValueError):
-            yield unquote(urlsplit(os.environ.get(name, "")).password or "")
+            address = urlsplit(os.environ.get(name, ""))
+            yield unquote(address.password or "")
+            yield from parse_qs(address.query).get("password", [])
     for name in VARIABLES:
         yield os.environ.get(name, "")
 

@@ -49,8 +49,16 @@ class Resources:
 
     @classmethod
     def of(cls, study: Study, has_gpus: bool) -> "Resources":
-        """What the study asks for; of several GPUs each has a process of its own."""
+        """What the study asks for; of several GPUs each has a process of its own.
+
+        Raises ConfigError where two processes would have to share a GPU.
+        """
         gpus = study.gpus_per_trial if has_gpus else 0.0
+        if gpus and study.processes_per_trial > max(1.0, gpus):
+            raise ConfigError(
+                f"study.processes_per_trial must be at most gpus_per_trial where there are GPUs, for ranks don't share "
+                f"one, got {study.processes_per_trial} and {gpus:g}: leave it out, or give --gpus-per-trial more"
+            )
         return cls(study.cpus_per_trial, gpus, max(study.processes_per_trial, math.ceil(gpus)))
 
     @property
@@ -115,7 +123,7 @@ def start_ray(study: Study) -> Resources:
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(study.parallel)
     kinds = [*nodes(), *may_come()]
     resources = Resources.of(study, has_gpus=any(kind["GPU"] for kind in kinds))
-    if not resources.fitting(kinds * resources.processes):
+    if not resources.fitting(kinds):
         raise ConfigError(
             f"the nodes must have room for a trial, got {' + '.join(map(str, resources.bundles))} on nodes of "
             f"{', '.join(map(str, kinds))}: ask for less by study.cpus_per_trial or --gpus-per-trial, or start others"
@@ -134,8 +142,8 @@ def nodes() -> list[Amounts]:
 
 
 def may_come() -> list[Amounts]:
-    """What each kind of node has that the cluster may grow by; empty where it stays as it is."""
-    kinds = [_amounts(kind.get("resources", {})) for kind in _launched() if kind.get("max_workers", 0) > 0]
+    """What each node has that the cluster may grow by; empty where it stays as it is."""
+    kinds = [_amounts(kind.get("resources", {})) for kind in _launched() for _ in range(kind.get("max_workers", 0))]
     return [kind for kind in kinds if any(kind.values())]
 
 

@@ -38,8 +38,8 @@ class Attempt(NamedTuple):
     """Which attempt at a trial it is, and where it is made."""
 
     number: int
-    node: str
-    """Ray's id of the node; empty where the trial runs without Ray."""
+    nodes: Sequence[str]
+    """Ray's ids of the worker's node and of those of its other ranks; empty where the trial runs without Ray."""
     folder: str
     """Where it writes."""
     logs: Mapping[str, int]
@@ -56,9 +56,9 @@ class Store:
     keeper: Any
     """A Ray actor of Keeper."""
 
-    def is_seen(self) -> bool:
-        """Whether this process sees the study's folder."""
-        return (self.folder / self.mark).exists()
+    def is_seen(self, folder: Path) -> bool:
+        """Whether this process sees a trial's folder, which is in the study's: in an older one of it nobody knows."""
+        return folder.is_relative_to(self.folder) and (self.folder / self.mark).exists()
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def opened(folder: Path) -> Iterator[Store | None]:
         return
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # What it does may be done twice: where it dies it is started again, and asked again.
-    keeper = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Keeper)
+    keeper = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=8)(Keeper)
     keeper = keeper.options(scheduling_strategy=here).remote()
     store = Store(folder, f".seen-{uuid.uuid4().hex}", keeper)
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,11 +112,11 @@ def take_over(job: Job) -> Job:
 
     Raises SupersededError where a later attempt was here.
     """
-    if job.store is None or job.store.is_seen():
+    if job.store is None or job.store.is_seen(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
         _claim(job.folder, _attempt(job, job.folder))
         return job
-    there = Path(tempfile.gettempdir()) / job.store.mark.strip(".") / job.kind / trial_id(job.number)
+    there = Path(tempfile.gettempdir()) / job.store.mark.strip(".") / job.kind / trial_id(job.number) / str(job.attempt)
     shutil.rmtree(there, ignore_errors=True)
     there.mkdir(parents=True)
     ray.get(job.store.keeper.claim.remote(job.folder, _attempt(job, there)))
@@ -160,8 +160,15 @@ def latest_attempt(folder: Path) -> Attempt | None:
 
 
 def _attempt(job: Job, folder: Path) -> Attempt:
-    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-    return Attempt(job.attempt, node, str(folder), {str(path): path.stat().st_size for path in _logs()})
+    return Attempt(job.attempt, _nodes(), str(folder), {str(path): path.stat().st_size for path in _logs()})
+
+
+def _nodes() -> list[str]:
+    if not ray.is_initialized():
+        return []
+    group = ray.util.get_current_placement_group()
+    bundles = ray.util.placement_group_table(group)["bundles_to_node_id"].values() if group else []
+    return list(dict.fromkeys([ray.get_runtime_context().get_node_id(), *bundles]))
 
 
 def _logs() -> list[Path]:

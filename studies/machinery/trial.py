@@ -60,9 +60,11 @@ class GpuBusyError(RuntimeError):
 def run_job(config: Mapping[str, Any]) -> None:
     """Run the job of a Tune config, reporting {"record": Record} after every epoch."""
     job = take_over(config["job"])
-    with ranks.others(job, run_beside) as job:
-        _run(job, in_time(job))
-    leave(job)
+    try:
+        with ranks.others(job, run_beside) as job:
+            _run(job, in_time(job))
+    finally:  # Tune ends a trial that has told its last epoch, or is given up, where it stands
+        leave(job)
 
 
 def run_beside(job: Job) -> None:

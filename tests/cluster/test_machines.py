@@ -67,7 +67,7 @@ def test_a_machine_goes_and_another_is_cut_off(three, tmp_path):
 
     # Six trials at once, two on each machine, and each has been through two epochs.
     until(lambda: all(len(epochs(trial)) >= 2 for trial in range(6)))
-    nodes = [json.loads((out / f"toy/{trial:04d}/attempt.json").read_text())["node"] for trial in range(6)]
+    nodes = [json.loads((out / f"toy/{trial:04d}/attempt.json").read_text())["nodes"][0] for trial in range(6)]
     assert sorted(Counter(nodes).values()) == [2, 2, 2]
     killed.kill()
     until(lambda: said().count("lost its machine") == 2)
@@ -78,7 +78,6 @@ def test_a_machine_goes_and_another_is_cut_off(three, tmp_path):
     print(f"a cut link was noticed after {noticed:.1f} s")
     assert noticed < NOTICED + 6
     assert driver.wait(180) == 0, said()
-
     copy = shutil.copytree(out, tmp_path / "out")
     addresses = {"HDML_LEDGER": f"sqlite:///{copy}/ledger.db", "MLFLOW_TRACKING_URI": f"sqlite:///{copy}/mlflow.db"}
     rows = settled(SimpleNamespace(out=copy, trials=TRIALS, environment=addresses))
@@ -95,3 +94,15 @@ def test_a_machine_goes_and_another_is_cut_off(three, tmp_path):
     for row in victims:
         (kept,) = copy.glob(f"mlruns/**/{row.notes[MLFLOW_RUN]}/artifacts/logs/attempt-1.txt")
         assert re.search("The actor.*(went with its machine|can't be read)", kept.read_text(), re.DOTALL)
+
+
+def test_a_machine_that_sees_no_common_disk_is_left_as_it_was(three):
+    head, far, _ = three
+    # One trial for each machine at once.
+    toy = [sys.executable, "-m", "tests.machinery.toy_study", "/tmp/out", "4", "cpus_per_trial=2", "parallel=3"]
+    driver = head.start(*toy, environment=ENVIRONMENT, log="driver")
+    assert driver.wait(120) == 0, head.path("/tmp/driver").read_text()
+    claims = [json.loads(path.read_text()) for path in head.path("/tmp/out/toy").glob("*/attempt.json")]
+    assert len({claim["nodes"][0] for claim in claims}) == 3
+    assert len(list(head.path("/tmp/out/toy").glob("*/kept/epochs.json"))) == 4
+    assert list(far.path("/tmp").glob("seen-*/*/*/*")) == []

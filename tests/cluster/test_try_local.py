@@ -1,6 +1,7 @@
 """The launcher on this machine: `cluster/try_local.sh` from `ray up` to `ray down`, over a real ssh."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,13 @@ def test_all_that_a_user_does_works():
         pytest.skip(said.splitlines()[-1])
     assert tried.returncode == 0, said
     assert tried.stdout.splitlines()[-1] == "tried: all of it works"
-    # The first submission runs four trials, the second finds them and runs two more.
-    first, second = (part.partition("(")[0] for part in said.split("studies/alpha_beta.py -- --tiny")[1:3])
-    assert "4 of 4 trials" in first
-    assert "6 of 6 trials" in second
+    # The first submission runs four trials, the second finds them and runs two more, the job four of its own.
+    assert re.findall(r"^(\d of \d) trials: \d COMPLETE", said, re.MULTILINE) == ["4 of 4", "6 of 6", "4 of 4"]
+    assert re.search("[1-9][0-9]* ok, 0 BAD: nothing to mend", said)
+    assert "ledger, MLflow and checkpoints agree" in said
+    assert [line for line in said.splitlines() if line.endswith(": 401")] == [
+        "job submission: 401",
+        "dashboard: 401",
+        "MLflow: 401",
+    ]
+    assert "PostgreSQL: no password supplied" in said

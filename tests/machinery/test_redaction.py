@@ -28,6 +28,8 @@ def test_what_the_environment_holds_is_hidden(name, monkeypatch):
 def test_a_password_in_an_address_is_hidden_as_it_is_and_as_it_was_written(name, monkeypatch):
     monkeypatch.setenv(name, "postgresql+psycopg://hdml:p%40ss word@host/ledger")
     assert redacted("p@ss word, p%40ss%20word") == "***, ***"
+    monkeypatch.setenv(name, "postgresql://host/ledger?user=hdml&password=p%40ss word")
+    assert redacted("p@ss word") == "***"
 
 
 @pytest.mark.parametrize(

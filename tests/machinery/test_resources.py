@@ -70,7 +70,7 @@ def study(**fields):
 
 def test_a_cluster_that_has_no_gpu_yet_is_asked_for_some(cluster):
     cluster([node(0)], HEAD, WORKER)
-    assert may_come() == [node(8, 1)]
+    assert may_come() == [node(8, 1)] * 5
     assert start_ray(study()) == Resources(1, 1.0)
     assert Room(study(parallel=6), Resources(1, 1.0))() == 6
 
@@ -107,6 +107,20 @@ def test_a_trial_that_fits_on_no_node_is_refused(cluster):
     cluster([node(4, 1)])
     with pytest.raises(ConfigError, match="room for a trial, got .*'CPU': 8.0.* on nodes of .*ask for less by"):
         start_ray(study(cpus_per_trial=8))
+
+
+@pytest.mark.parametrize("there", [[node(8, 1)], [node(8, 1), node(8)], [node(0, 4)]])
+def test_a_trial_on_several_gpus_must_find_them_all(cluster, there):
+    cluster(there)
+    with pytest.raises(ConfigError, match="room for a trial, got .*'GPU': 1.0.* [+] .*'GPU': 1.0.* on nodes of"):
+        start_ray(study(gpus_per_trial=2.0))
+
+
+def test_ranks_do_not_share_a_gpu(cluster):
+    cluster([node(8, 4)])
+    assert start_ray(study(gpus_per_trial=2.0, processes_per_trial=2)) == Resources(1, 2.0, 2)
+    with pytest.raises(ConfigError, match="processes_per_trial must be at most gpus_per_trial .* got 2 and 1"):
+        start_ray(study(processes_per_trial=2))
 
 
 def test_an_hour_costs_its_share(cluster):

@@ -19,7 +19,7 @@ from tests.machinery.toys import EPOCHS, GOAL, toy_trial
 SPACE = {"x": Uniform(0.0, 1.0)}
 STUDY = {
     *("sampler", "pruner", "parallel", "hours", "max_attempts", "hang_minutes", "disk_gb", "gpu_hours"),
-    "gpus_per_trial",
+    *("cpus_per_trial", "gpus_per_trial"),
 }
 """Settings that are the study's; all others are the toys'."""
 

@@ -29,6 +29,13 @@ def toy_trial(config):
     job = config["job"]
     x, pause = job.settings["x"], job.settings.get("pause", 0.0)
     job = take_over(job)
+    try:
+        climb(job, x, pause)
+    finally:
+        leave(job)
+
+
+def climb(job, x, pause):
     tell = in_time(job)
     bring(job, job.folder)
     path = job.folder / "kept" / "epochs.json"
@@ -48,7 +55,6 @@ def toy_trial(config):
         keep(job, path.parent)
         once(job, "dies_in_report", epoch, lambda: os.kill(os.getpid(), 9))
         tell(record(job, x, epoch))
-    leave(job)
 
 
 def record(job, x, epoch):
