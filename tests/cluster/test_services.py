@@ -176,8 +176,7 @@ def test_mlflow_answers_to_no_other_name(services):
 def test_mlflow_serves_who_has_the_credentials_files_included(client, services, monkeypatch):
     run = client.create_run(client.create_experiment("served")).info.run_id
     client.log_text(run, "kept", "notes/one.txt")
-    mlflow.set_tracking_uri(services.url)
-    assert mlflow.artifacts.load_text(f"runs:/{run}/notes/one.txt") == "kept"
+    assert Path(client.download_artifacts(run, "notes/one.txt")).read_text() == "kept"
     assert list(services.place.glob("artifacts/**/notes/one.txt"))
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "hdml")
@@ -228,8 +227,8 @@ def test_all_comes_back_from_a_backup_and_nothing_is_overwritten(services, clien
         assert [len(storage.get_all_trials(s._study_id)) for s in storage.get_all_studies()] == [1]
         storage.engine.dispose()
         assert mlflow.MlflowClient(other.url).get_run(run).info.run_id == run
-        mlflow.set_tracking_uri(other.url)
-        assert mlflow.artifacts.load_text(f"runs:/{run}/one.txt") == "kept"
+        restored = mlflow.MlflowClient(other.url)
+        assert Path(restored.download_artifacts(run, "one.txt")).read_text() == "kept"
     finally:
         other.do("stop")
     (other.secrets / "pgpass").write_text("*:*:*:hdml:another")
