@@ -28,21 +28,13 @@ class Machine:
         self.name, self.address = f"machine-{number}", f"{NETWORK}.{number}"
         self._line = f"hdml-{number}"
         # The project may itself lie in /tmp, which is another one there.
-        kept = (
-            f"mount --bind {ROOT} /mnt; mount -t tmpfs tmpfs /tmp; mkdir -p /tmp/home {ROOT}; mount --bind /mnt {ROOT}"
-        )
+        own_tmp = f"mount -t tmpfs tmpfs /tmp; mkdir -p /tmp/home {ROOT}"
+        kept = f"mount --bind {ROOT} /mnt; {own_tmp}; mount --bind /mnt {ROOT}"
         script = f"hostname {self.name}; {kept}; ip link set lo up; exec sleep inf"
         apart = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self._keeper = subprocess.Popen([*apart, "sh", "-c", script], stderr=subprocess.DEVNULL)
         self._init = _child(self._keeper.pid)
-        for last in (False, False, True):  # on a busy machine it was seen to fail once
-            try:
-                _run("ip", "link", "add", self._line, "type", "veth", "peer", "name", "eth0", "netns", str(self._init))
-                break
-            except RuntimeError:
-                if last:
-                    raise
-                time.sleep(1)
+        _run("ip", "link", "add", self._line, "type", "veth", "peer", "name", "eth0", "netns", str(self._init))
         _run("ip", "link", "set", self._line, "master", BRIDGE, "up")
         self.run("ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
         self.run("ip", "link", "set", "eth0", "up")
@@ -85,6 +77,8 @@ class Machine:
         """Take it away, power and all."""
         self._keeper.kill()
         self._keeper.wait()
+        # By itself the line would go some time later, and the next machine's has its name.
+        subprocess.run(["ip", "link", "del", self._line], capture_output=True, check=False)
 
 
 @contextmanager

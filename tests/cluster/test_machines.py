@@ -94,15 +94,3 @@ def test_a_machine_goes_and_another_is_cut_off(three, tmp_path):
     for row in victims:
         (kept,) = copy.glob(f"mlruns/**/{row.notes[MLFLOW_RUN]}/artifacts/logs/attempt-1.txt")
         assert re.search("The actor.*(went with its machine|can't be read)", kept.read_text(), re.DOTALL)
-
-
-def test_a_machine_that_sees_no_common_disk_is_left_as_it_was(three):
-    head, far, _ = three
-    # One trial for each machine at once.
-    toy = [sys.executable, "-m", "tests.machinery.toy_study", "/tmp/out", "4", "cpus_per_trial=2", "parallel=3"]
-    driver = head.start(*toy, environment=ENVIRONMENT, log="driver")
-    assert driver.wait(120) == 0, head.path("/tmp/driver").read_text()
-    claims = [json.loads(path.read_text()) for path in head.path("/tmp/out/toy").glob("*/attempt.json")]
-    assert len({claim["nodes"][0] for claim in claims}) == 3
-    assert len(list(head.path("/tmp/out/toy").glob("*/kept/epochs.json"))) == 4
-    assert list(far.path("/tmp").glob("seen-*/*/*/*")) == []
