@@ -47,7 +47,7 @@ def three():
 def test_a_machine_goes_and_another_is_cut_off(three, tmp_path):
     head, killed, lost = three
     out = head.path("/tmp/out")
-    settings = ["gpus_per_trial=1", "parallel=8", "pause=1.0", 'sampler="random"']
+    settings = ["gpus_per_trial=1", "parallel=8", "pause=2.5", 'sampler="random"']
     toy = [sys.executable, "-m", "tests.machinery.toy_study", "/tmp/out", str(TRIALS), *settings]
     driver = head.start(*toy, environment=ENVIRONMENT, log="driver")
 
