@@ -18,7 +18,7 @@ from tests.machinery.toys import EPOCHS
 
 pytestmark = pytest.mark.cluster
 
-TRIALS = 10
+TRIALS = 8
 # So that a lost link is noticed after 3 x (1 + 2) seconds at most; by itself Ray takes 5 x (3 + 10).
 HEALTH = {"failure_threshold": 3, "period_ms": 1000, "timeout_ms": 2000, "initial_delay_ms": 1000}
 NOTICED = 9
@@ -47,7 +47,7 @@ def three():
 def test_a_machine_goes_and_another_is_cut_off(three, tmp_path):
     head, killed, lost = three
     out = head.path("/tmp/out")
-    settings = ["gpus_per_trial=1", "parallel=8", "pause=2.5", 'sampler="random"']
+    settings = ["gpus_per_trial=1", "parallel=8", "pause=5.0", 'sampler="random"']
     toy = [sys.executable, "-m", "tests.machinery.toy_study", "/tmp/out", str(TRIALS), *settings]
     driver = head.start(*toy, environment=ENVIRONMENT, log="driver")
 
