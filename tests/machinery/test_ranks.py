@@ -1,12 +1,16 @@
 """A trial in two processes comes to what it comes to in one, and leaves checkpoints that know of neither."""
 
+import threading
+import time
+
 import numpy as np
+import psutil
 import pytest
 
 from hdml_core.config import ConfigError
 from studies.alpha_beta import STUDY
 from studies.machinery.driver import Places, run_study
-from studies.machinery.ledger import METRICS
+from studies.machinery.ledger import ATTEMPTS, CRASHES, METRICS
 from studies.machinery.study import variant
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
@@ -39,6 +43,25 @@ def test_two_processes_find_what_one_finds(tmp_path):
         assert quality(two[kind]) == pytest.approx(quality(one[kind]), rel=1e-6)
         (folder,) = (tmp_path / "two/ranks").glob(f"{'trials' if kind == 'search' else kind}/0000/part-00")
         assert sorted(path.name for path in folder.iterdir()) == ["epoch-00001", "epoch-00002"]
+
+
+def test_a_rank_that_dies_has_its_trial_tried_again(tmp_path):
+    killed = threading.Event()
+
+    def kill():
+        while not list(tmp_path.glob("two/ranks/trials/0000/part-00/epoch-*")):
+            time.sleep(0.01)
+        for process in psutil.process_iter(["cmdline"]):
+            if (process.info["cmdline"] or [""])[0].startswith("ray::run_beside"):
+                process.kill()
+                killed.set()
+
+    threading.Thread(target=kill, daemon=True).start()
+    row = run(tmp_path / "two", 2, epochs=20)["search"]
+    assert killed.is_set()
+    assert (row.state, row.notes[ATTEMPTS], row.epochs) == ("COMPLETE", 2, 20)
+    (crash,) = row.notes[CRASHES]
+    assert crash.startswith("WorkerCrashedError")
 
 
 def test_features_have_no_extractor_to_share_out(tmp_path):
