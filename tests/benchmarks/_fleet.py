@@ -1,15 +1,16 @@
 """One saturated driver, and what its trials cost it, the database and the tracker: `... OUT WHOSE TRIALS`.
 
-WHOSE is `ours`: the toy study, its ledger in a PostgreSQL and its record on an MLflow server; or `plain`: the same
-trials under Ray Tune alone, which keeps neither. Leaves `costs.json` in OUT: seconds, and processor seconds of each
-process, from when every actor has run two trials until the last trial ends.
+WHOSE is `ours`: the toy study, its ledger in a PostgreSQL and its record on an MLflow server; `plain`: the same trials
+under Ray Tune alone, which keeps neither; or `keeper`: nothing but checkpoints of far machines. Leaves `costs.json` in
+OUT: seconds, and of a driver the processor seconds of each process, from when every actor has run two trials until the
+last trial ends.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ import psutil
 import ray
 from ray import tune
 
+from hdml_core import whole
 from studies.machinery.progress import Progress
 from studies.machinery.resources import RAY_HABITS
 from studies.machinery.search import Stateless
+from studies.machinery.store import opened
 from tests.machinery.toy_study import run_toy
 from tests.machinery.toys import EPOCHS, GOAL, value
 from tests.services import MlflowServer, PostgreSQL
 
 ACTORS = 16
+CHECKPOINT = 100_000_000
+"""Bytes of one: those of a googlenet with its moments, or of a larger network."""
 
 
 def climb(config: dict[str, float]) -> None:
@@ -64,6 +69,31 @@ def plain(out: Path, trials: int, watch: Watch) -> None:
     ).fit()
 
 
+def keeper(out: Path) -> None:
+    """Checkpoints as far machines hand them over, eight at once, and the same written here."""
+    os.environ["RAY_ADDRESS"] = "this one"
+    checkpoint = {"state.safetensors": os.urandom(CHECKPOINT)}
+    folders = [out / "study" / f"{trial:04d}" for trial in range(8)]
+    with opened(out / "study") as store:
+        assert store  # there is one on every cluster
+
+        def hand_over() -> None:
+            given = ray.put(checkpoint)
+            ray.get([store.keeper.keep.remote(folder, 1, "part-00/epoch-1", given, ["epoch-1"]) for folder in folders])
+
+        hand_over()  # starts the keeper
+        costs = {"handed over": timed(hand_over)}
+    costs["written"] = timed(lambda: [whole.put(folder / "part-00/epoch-2", checkpoint) for folder in folders])
+    (out / "costs.json").write_text(json.dumps({"megabytes": 8 * CHECKPOINT / 1e6, **costs}))
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of some work."""
+    begin = time.monotonic()
+    work()
+    return time.monotonic() - begin
+
+
 def spent(process: psutil.Process) -> float:
     """Processor seconds of a process, and of what it has started where that is a server's."""
     total = 0.0
@@ -77,6 +107,10 @@ def spent(process: psutil.Process) -> float:
 def main(out: Path, whose: str, trials: int) -> None:
     """Run so many trials, and write down what they cost."""
     os.environ.update(RAY_HABITS)
+    if whose == "keeper":
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        keeper(out)
+        return
     with ExitStack() as stack:
         watched = {"driver": psutil.Process()}
         if whose == "ours":

@@ -16,13 +16,14 @@ from tests.machinery.toys import EPOCHS
 def run(quick: bool) -> list[Row | Count]:
     """Set the toy study, ledger and tracker on servers, beside the same trials under Ray Tune alone."""
     trials = 48 if quick else 400
-    ours, plain = (measure(whose, trials) for whose in ("ours", "plain"))
+    ours, plain, kept = (measure(whose, trials) for whose in ("ours", "plain", "keeper"))
     peer = "of Ray Tune alone"
 
     def each(name: str, costs: dict[str, float] = ours) -> float:
         return 1000 * costs[name] / costs["trials"]
 
     rates = [costs["trials"] / costs["seconds"] for costs in (ours, plain)]
+    speeds = [kept["megabytes"] / kept[how] for how in ("handed over", "written")]
     shares = [100 * costs["driver"] / costs["seconds"] for costs in (ours, plain)]
     return [
         Row(f"trials a second, {trials} of {EPOCHS} reports", rates[0], peer, rates[1], 1, "/s"),
@@ -30,6 +31,7 @@ def run(quick: bool) -> list[Row | Count]:
         Row("driver's share of a core", shares[0], peer, shares[1], 1, "%"),
         Row("PostgreSQL's processor time for a trial", each("database"), "of our driver", each("driver"), 1, "ms"),
         Row("MLflow server's processor time for a trial", each("tracker"), "of our driver", each("driver"), 1, "ms"),
+        Row("checkpoints of 100 MB through the keeper", speeds[0], "of the disk, one by one", speeds[1], 1, "MB/s"),
     ]
 
 
