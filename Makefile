@@ -15,8 +15,8 @@ check: .venv/ready   ## lint, format, types, architecture
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-bench: .venv/ready   ## ratios against peers, measured in one run
-	$(BIN)/python -m tests.benchmarks
+bench: .venv/ready   ## ratios against peers and floors, the middle of three runs, in one table
+	$(BIN)/python -m tests.benchmarks --runs 3
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

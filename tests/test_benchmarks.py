@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.benchmarks import Count, Row
 from tests.benchmarks.__main__ import main
+from tests.benchmarks._table import middle, table
 from tests.benchmarks.gpu import Given, finetuning, timings
 from tests.benchmarks.gpu import __main__ as gpu
 from tests.conftest import ROOT
@@ -50,6 +52,32 @@ def test_an_unknown_benchmark_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["retrival"])
     assert "unknown benchmark 'retrival': there are growth, restore, retrieval, scale, step" in capsys.readouterr().err
+
+
+def test_of_several_runs_each_figure_keeps_the_one_in_the_middle():
+    runs = [
+        [Row("step", ours, "floor", 10.0, 5, target=0.5).record(), Count("lost", lost, "peer", 7, 3).record()]
+        for ours, lost in ((6.0, 0), (4.0, 2), (5.0, 1))
+    ]
+    rows = middle(runs)
+    assert [(row["ours"], row["of_runs"]) for row in rows] == [(5.0, [0.6, 0.4, 0.5]), (1, [0, 2, 1])]
+    with pytest.raises(ValueError, match="every run must have the same figures"):
+        middle([runs[0], runs[0][:1]])
+
+
+def test_the_table_says_which_targets_are_met():
+    rows = [
+        Row("fast", 1.0, "floor", 2.0, 5, target=0.5),
+        Row("slow", 1.1, "floor", 2.0, 5, target=0.5),
+        Row("seen", 3.0, "peer", 2.0, 5, "ms"),
+        Count("lost", 0, "peer", 7, 3),
+    ]
+    assert table([{"rows": [row.record() for row in rows]}]).splitlines()[2:] == [
+        "| fast | 1 s | 2 s (floor) | 0.5 | ≤ 0.5 | yes |",
+        "| slow | 1.1 s | 2 s (floor) | 0.55 | ≤ 0.5 | **no** |",
+        "| seen | 3 ms | 2 ms (peer) | 1.5 |  |  |",
+        "| lost | 0 | 7 (peer) |  |  |  |",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """Benchmarks: what our pieces cost, or lose, beside a peer or a physical floor, measured in the same run.
 
 A benchmark is a module here with `run(quick)` that returns a list of Rows or Counts; nothing else has to be done.
-Machines are noisy and of all kinds, so what counts is the ratio of medians, never a time by itself. The package `gpu`
-is a suite for one CUDA GPU, with a command of its own.
+Machines are noisy and of all kinds, so what counts is the ratio of medians, never a time by itself. Every figure is one
+of which less is better: "ten times as many images a second" is a tenth of the time for an image. The package `gpu` is a
+suite for one CUDA GPU, with a command of its own.
 """
 
 import os
@@ -27,6 +28,8 @@ class Row(NamedTuple):
     peer: float
     repeats: int
     unit: str = "s"
+    target: float | None = None
+    """The ratio is to be at most this."""
 
     @property
     def ratio(self) -> float:
@@ -34,7 +37,8 @@ class Row(NamedTuple):
         return self.ours / self.peer
 
     def __str__(self) -> str:
-        return f"{self.what:50} {self.ours:9.4g} {self.unit:2} {self.ratio:7.3f} x {self.peer_name}"
+        target = "" if self.target is None else f", to be {self.target:.3g} at most"
+        return f"{self.what:50} {self.ours:9.4g} {self.unit:2} {self.ratio:7.3f} x {self.peer_name}{target}"
 
     def record(self) -> dict[str, Any]:
         """The row in plain types."""
@@ -60,7 +64,13 @@ class Count(NamedTuple):
 
 
 def compare(
-    what: str, ours: Callable[[], object], peer_name: str, peer: Callable[[], object], repeats: int, warm_up: int = 1
+    what: str,
+    ours: Callable[[], object],
+    peer_name: str,
+    peer: Callable[[], object],
+    repeats: int,
+    warm_up: int = 1,
+    target: float | None = None,
 ) -> Row:
     """Time both in turn, after unmeasured runs of each."""
     times: dict[Callable[[], object], list[float]] = {ours: [], peer: []}
@@ -70,7 +80,8 @@ def compare(
             work()
             if repeat >= warm_up:
                 taken.append(time.perf_counter() - begin)
-    return Row(what, statistics.median(times[ours]), peer_name, statistics.median(times[peer]), repeats)
+    medians = {work: statistics.median(taken) for work, taken in times.items()}
+    return Row(what, medians[ours], peer_name, medians[peer], repeats, target=target)
 
 
 def circumstances(*libraries: str) -> dict[str, Any]:

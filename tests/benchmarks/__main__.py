@@ -1,15 +1,17 @@
-"""Run benchmarks, print their table, and write one JSON for each: `python -m tests.benchmarks [NAME ...] [--quick]`."""
+"""Run benchmarks, write one JSON for each, and print one table: `python -m tests.benchmarks [NAME ...] [--quick]`."""
 
 import argparse
 import importlib
 import json
 import pkgutil
 from pathlib import Path
+from typing import Any
 
 from tests import benchmarks
-from tests.benchmarks import Count, Row, circumstances
+from tests.benchmarks import _table, circumstances
 
 FOLDER = Path(__file__).parent
+LIBRARIES = ("torch", "torchvision", "ray", "optuna", "mlflow", "scikit-learn", "pytorch-metric-learning", "faiss-cpu")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,21 +20,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; else all")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that they run")
+    parser.add_argument("--runs", type=int, default=1, help="of each figure the one in the middle of so many is kept")
     parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder of the JSON files")
     given = parser.parse_args(arguments)
     unknown = sorted(set(given.names) - set(known))
     if unknown:
         parser.error(f"unknown benchmark {unknown[0]!r}: there are {', '.join(known)}")
+    if given.runs < 1:
+        parser.error(f"--runs must be >= 1, got {given.runs}")
     given.out.mkdir(parents=True, exist_ok=True)
+    records = []
     for name in given.names or known:
-        rows: list[Row | Count] = importlib.import_module(f"tests.benchmarks.{name}").run(given.quick)
-        for row in rows:
-            print(f"{name:10} {row}", flush=True)
-        record = {
-            "circumstances": circumstances("torch", "ray", "optuna", "mlflow"),
-            "rows": [row.record() for row in rows],
-        }
-        (given.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        runs: list[list[dict[str, Any]]] = []
+        for _ in range(given.runs):
+            rows = importlib.import_module(f"tests.benchmarks.{name}").run(given.quick)
+            runs.append([row.record() for row in rows])
+            for row in rows:
+                print(f"{name:12} {row}", flush=True)
+        records.append({"circumstances": circumstances(*LIBRARIES), "rows": _table.middle(runs)})
+        (given.out / f"{name}.json").write_text(json.dumps(records[-1], indent=1) + "\n")
+    print(f"\n{_table.table(records)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,51 @@
+"""What several runs of the benchmarks have come to, as one table: of each figure the run whose ratio is the middle one."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HEADER = ("figure", "ours", "peer or floor", "ratio", "target", "met")
+
+
+def middle(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of each figure the record of the run that is in the middle by ratio, or by count, with the others' beside it.
+
+    Raises ValueError where the runs have not the same figures.
+    """
+    figures = [[(row["what"], row["peer_name"]) for row in rows] for rows in runs]
+    if any(of_run != figures[0] for of_run in figures):
+        raise ValueError(f"every run must have the same figures, got {figures}")
+    found = []
+    for of_figure in zip(*runs, strict=True):
+        ordered = sorted(of_figure, key=_size)
+        found.append(ordered[len(ordered) // 2] | {"of_runs": [_size(row) for row in of_figure]})
+    return found
+
+
+def _size(row: dict[str, Any]) -> float:
+    return float(row["ratio"] if "ratio" in row else row["ours"])
+
+
+def read(folder: Path) -> Iterator[dict[str, Any]]:
+    """The records of all benchmarks that left one in a folder, by name."""
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        if path.stem != "gpu":
+            yield record
+
+
+def table(records: Iterable[dict[str, Any]]) -> str:
+    """The table in Markdown; a figure without a target is there to be seen."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|---|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for record in records for row in record["rows"]]
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "ratio" not in row:
+        return row["what"], str(row["ours"]), f"{row['peer']} ({row['peer_name']})", "", "", ""
+    ours, peer = (f"{row[side]:.3g} {row['unit']}" for side in ("ours", "peer"))
+    target = row["target"]
+    judged = ("", "") if target is None else (f"≤ {target:.3g}", "yes" if row["ratio"] <= target else "**no**")
+    return row["what"], ours, f"{peer} ({row['peer_name']})", f"{row['ratio']:.3g}", *judged
