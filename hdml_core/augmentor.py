@@ -40,11 +40,20 @@ def pull_factors(roles: Roles, kept: Float[Tensor, ""]) -> Float[Tensor, "*b 1"]
 
     The gradient flows through both distances, as in the authors' code. At d_plus = 0 it is the subgradient 0.
     """
-    d_plus = torch.linalg.vector_norm(roles.positive - roles.anchor, dim=-1, keepdim=True)
-    d_minus = torch.linalg.vector_norm(roles.negative - roles.anchor, dim=-1, keepdim=True)
+    d_plus, d_minus = _distance(roles.anchor, roles.positive), _distance(roles.anchor, roles.negative)
     farther = d_minus > d_plus
     ratio = d_plus / torch.where(farther, d_minus, 1.0)
     return torch.where(farther, kept + (1 - kept) * ratio, 1.0)
+
+
+def _distance(p: Float[Tensor, "*#b d"], q: Float[Tensor, "*#b d"]) -> Float[Tensor, "*b 1"]:
+    if p.ndim == 2:
+        return torch.linalg.vector_norm(q - p, dim=-1, keepdim=True)
+    # Of n anchors and m others the n x m differences are never laid out; nor is one sum rounded unlike another.
+    exact = "donot_use_mm_for_euclid_dist"
+    if p.shape[1] == q.shape[0] == 1:
+        return torch.cdist(p.squeeze(1), q.squeeze(0), compute_mode=exact).unsqueeze(-1)
+    return torch.cdist(p, q, compute_mode=exact)
 
 
 def harden(roles: Roles, lambda_0: Float[Tensor, "*b 1"]) -> Float[Tensor, "*b d"]:

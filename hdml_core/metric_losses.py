@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from hdml_core.config import LossConfig, MetricLossName
 from hdml_core.library_losses import PREFIX, build_library_loss
+from hdml_core.linear_image import LinearImage
 from hdml_core.notation import Layout, Roles
 
 
@@ -41,6 +42,10 @@ class TupleLoss(MetricLoss, Protocol):
     def soft_weights(self) -> Mapping[str, float]:
         """How the mean cross-entropies of the roles add up to J_soft where every role is generated."""
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether negatives may be a `LinearImage`, for no more is asked of them than inner products and norms."""
+
     def roles(self, rows: Tensor) -> Roles:
         """Something with one entry per row, shape (b, x), as anchor, positive and negative."""
 
@@ -61,12 +66,14 @@ def mean_where(counts: Bool[Tensor, "*b"], values: Float[Tensor, "*b"]) -> Float
     return torch.where(counts, values, 0.0).sum() / counts.sum()
 
 
-def inner_product(p: Float[Tensor, "n 1 d"], q: Float[Tensor, "#n m d"]) -> Float[Tensor, "n m"]:
+def inner_product(p: Float[Tensor, "n 1 d"], q: Float[Tensor, "#n m d"] | LinearImage) -> Float[Tensor, "n m"]:
     """Return p . q for each of the m rows that q has beside p."""
-    return torch.matmul(q, p.mT).squeeze(-1)
+    return q.inner_product(p) if isinstance(q, LinearImage) else torch.matmul(q, p.mT).squeeze(-1)
 
 
 class _OfTuples:
+    takes_images: ClassVar[bool] = False
+
     def of_rows(self: TupleLoss, z: Float[Tensor, "b d"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
         return self(self.roles(z))
 
@@ -101,6 +108,7 @@ class _FirstOfPairs(_OfTuples):
 
     layout: ClassVar[Layout] = "pairs"
     soft_weights: ClassVar[Mapping[str, float]] = _PAIRS_SOFT_WEIGHTS
+    takes_images: ClassVar[bool] = True
 
     def roles(self, rows: Tensor) -> Roles:
         first, second = rows.chunk(2)
@@ -243,9 +251,14 @@ def _log1p_sum_exp(excess: Float[Tensor, "n m"], is_negative: Bool[Tensor, "n m"
     return torch.cat([masked, torch.zeros_like(masked[:, :1])], dim=1).logsumexp(1)
 
 
-def _l2(roles: Roles, l2_reg: float) -> Float[Tensor, ""]:
-    anchor, negative = (part.square().sum(-1).mean() for part in (roles.anchor, roles.negative))
-    return 0.25 * l2_reg * (anchor + negative)
+def _l2(roles: Roles, l2_reg: float) -> Float[Tensor, ""] | float:
+    if l2_reg == 0:
+        return 0.0
+    return 0.25 * l2_reg * (_mean_square_norm(roles.anchor) + _mean_square_norm(roles.negative))
+
+
+def _mean_square_norm(rows: Float[Tensor, "*b d"] | LinearImage) -> Float[Tensor, ""]:
+    return rows.mean_square_norm() if isinstance(rows, LinearImage) else rows.square().sum(-1).mean()
 
 
 METRIC_LOSSES: Mapping[MetricLossName, Callable[[LossConfig], TupleLoss]] = {

@@ -32,6 +32,11 @@ class Networks(nn.Module):
         self.generator = generator
         self.head = head
         self.loss: nn.Module = nn.Identity()
+        self.mixed = False
+
+    def precision(self) -> torch.autocast:
+        """Return the context in which to use layers one by one; what they give may then be bfloat16."""
+        return torch.autocast(next(self.head.parameters()).device.type, torch.bfloat16, enabled=self.mixed)
 
 
 class Extractor(nn.Module):
@@ -276,6 +281,7 @@ def _draw(*networks: nn.Module) -> None:
 
 def mix_precision(networks: Networks) -> None:
     """Let each of the four networks compute in bfloat16 where autocast holds that safe, and hand out float32."""
+    networks.mixed = True
     for network in (networks.extractor, networks.embedder, networks.generator, networks.head):
         network.forward = _in_bfloat16(network.forward)
 

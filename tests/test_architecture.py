@@ -21,7 +21,7 @@ PACKAGES = ("hdml_core", "studies", "cluster", "dashboards")
 # within a room imports are free, between rooms of a floor there are none. In "name.*" each module is a room.
 FLOORS = (
     ("hdml_core.notation", "hdml_core.errors", "hdml_core.whole"),
-    ("hdml_core.library_losses",),
+    ("hdml_core.library_losses", "hdml_core.linear_image"),
     ("hdml_core.config",),
     (
         "hdml_core.datasets",
@@ -32,6 +32,7 @@ FLOORS = (
         "hdml_core.metric_losses",
         "hdml_core.retrieval",
     ),
+    ("hdml_core.synthesis",),
     ("hdml_core.methods",),
     ("hdml_core.frozen",),
     ("hdml_core.training",),

@@ -1,4 +1,4 @@
-"""What several runs of the benchmarks have come to, as one table: of each figure the run whose ratio is the middle one."""
+"""What several runs of the benchmarks came to, as one table: each figure by the run whose ratio is the middle one."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
