@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from hdml_core.notation import RetrievalReport
 
-TILE = 2**23
-"""Entries of a similarity matrix that are held at once, 64 MiB in float64; neighbours do not depend on it."""
+BLOCK, TILE = 2**24, 2**20
+"""Entries of a matrix that are multiplied at once, 128 MiB in float64, and how many of those a CPU looks at at once, to
+have them in cache; neighbours depend on neither."""
 
 LLOYD_STEPS = 100
 """k-means stops when no row changes its cluster, and after as many steps in any case."""
@@ -82,32 +83,75 @@ def _unit_rows(z: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
 def _score_queries(
     unit: Float[Tensor, "m d"], labels: Int[Tensor, " m"], sizes: Int[Tensor, " k"], ks: tuple[int, ...]
 ) -> Iterator[tuple[Bool[Tensor, "t q"], Float[Tensor, " t"], Float[Tensor, " t"]]]:
-    """Yield, tile by tile, whether each query is found at each K, its average precision at R and its R-precision."""
+    """Yield, tile by tile, whether each query is found at each K, its average precision at R and its R-precision.
+
+    However large a K is, no more than R rows of the largest class are brought into order: whether a query is found
+    hangs on how many rows come before the nearest of its class, and those need only be counted.
+    """
     r = sizes[labels] - 1
-    deepest = max(*ks, int(r.max()))
+    deepest = int(r.max())
     rank = torch.arange(1, deepest + 1, device=unit.device, dtype=torch.float64)
-    for tile in _tiles(len(unit), len(unit)):
-        similarity = unit[tile] @ unit.T
-        similarity.diagonal(tile.start).fill_(-math.inf)  # the query itself
+    wanted = torch.tensor(ks, device=unit.device)
+    members = _members(labels, sizes)
+    for tile, similarity in _similarities(unit):
+        before = _count_before_own(similarity, members[labels[tile]])
         hits = labels[_nearest(similarity, deepest)] == labels[tile, None]
-        hits_so_far = hits.cumsum(1)
         relevant = hits & (rank <= r[tile, None])
-        precision = (hits_so_far / rank * relevant).sum(1)
-        yield hits_so_far[:, [k - 1 for k in ks]] > 0, precision / r[tile], relevant.sum(1).double() / r[tile]
+        precision = (hits.cumsum(1) / rank * relevant).sum(1)
+        yield before[:, None] < wanted, precision / r[tile], relevant.sum(1).double() / r[tile]
 
 
-def _tiles(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, TILE // width)
-    return (slice(start, start + step) for start in range(0, rows, step))
+def _members(labels: Int[Tensor, " m"], sizes: Int[Tensor, " k"]) -> Int[Tensor, "k most"]:
+    """Return the rows of each class in order, of smaller classes the last one again and again."""
+    starts = sizes.cumsum(0) - sizes
+    within = torch.arange(int(sizes.max()), device=labels.device)
+    return labels.argsort(stable=True)[starts[:, None] + torch.minimum(within, sizes[:, None] - 1)]
+
+
+def _count_before_own(similarity: Float[Tensor, "t m"], own: Int[Tensor, "t most"]) -> Int[Tensor, " t"]:
+    """Return how many columns come before the first of a query's own: the larger ones, and lower ones of equals."""
+    largest = similarity.gather(1, own).amax(1, keepdim=True)
+    before = torch.count_nonzero(similarity > largest, dim=1)
+    tied = torch.count_nonzero(similarity == largest, dim=1) > 1
+    is_equal = similarity[tied] == largest[tied]
+    first = torch.where(is_equal.gather(1, own[tied]), own[tied], similarity.shape[1]).amin(1, keepdim=True)
+    columns = torch.arange(similarity.shape[1], device=similarity.device)
+    return before.index_put((tied,), before[tied] + (is_equal & (columns < first)).sum(1))
+
+
+def _similarities(unit: Float[Tensor, "m d"]) -> Iterator[tuple[slice, Float[Tensor, "t m"]]]:
+    """Yield the similarities of some queries to all rows, to themselves -inf; good until the next are asked."""
+    m = len(unit)
+    at_once = TILE if unit.device.type == "cpu" else BLOCK
+    memory = unit.new_empty(min(m, max(1, BLOCK // m)), m)
+    for block in _tiles(m, len(memory)):
+        similarity = torch.mm(unit[block], unit.T, out=memory[: block.stop - block.start])
+        similarity.diagonal(block.start).fill_(-math.inf)
+        for tile in _tiles(len(similarity), max(1, at_once // m)):
+            yield slice(block.start + tile.start, block.start + tile.stop), similarity[tile]
+
+
+def _tiles(rows: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _nearest(similarity: Float[Tensor, "t m"], count: int) -> Int[Tensor, "t {count}"]:
     """Return the columns of the `count` largest entries of each row, in order; of equals the lower column first."""
-    largest, columns = similarity.topk(count + 1)
-    # topk leaves open which of equals it takes and in what order; few rows have any.
-    tied = (largest[:, 1:] == largest[:, :-1]).any(1)
-    columns[tied] = similarity[tied].argsort(dim=1, descending=True, stable=True)[:, : count + 1]
+    columns = _largest(similarity, count + 1).sort(1).values
+    largest, order = similarity.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, order)
+    # Which of equals are among the largest is left open; few rows have any.
+    open_ = largest[:, count - 1] == largest[:, count]
+    columns[open_] = similarity[open_].argsort(dim=1, descending=True, stable=True)[:, : count + 1]
     return columns[:, :count]
+
+
+def _largest(similarity: Float[Tensor, "t m"], count: int) -> Int[Tensor, "t {count}"]:
+    """Return the columns of the `count` largest entries of each row, in any order."""
+    if similarity.device.type != "cpu":
+        return similarity.topk(count, sorted=False).indices
+    # NumPy's partition takes a fraction of the time of torch's on a CPU.
+    return torch.from_numpy(np.argpartition(similarity.numpy(), -count, axis=1)[:, -count:])
 
 
 def nmi(assignment: Int[Tensor, " m"], labels: Int[Tensor, " m"]) -> float:
@@ -199,7 +243,7 @@ def _nearest_centre(z: Float[Tensor, "m d"], centres: Float[Tensor, "runs k d"])
     return torch.cat(
         [
             torch.addmm(half_norms, z[tile], flat.T, beta=-1).view(-1, runs, k).argmax(2)
-            for tile in _tiles(len(z), len(flat))
+            for tile in _tiles(len(z), max(1, BLOCK // len(flat)))
         ]
     ).T.contiguous()
 

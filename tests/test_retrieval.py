@@ -147,7 +147,8 @@ def test_the_tile_changes_nothing_even_where_rows_are_equal(seed, monkeypatch):
     z, labels = torch.randn(60, 129)[torch.randint(60, (301,))], torch.arange(301) % 20
     reports = []
     for entries in (1, 301 * 7, 301 * 64, 1 << 24):
-        monkeypatch.setattr(retrieval, "TILE", entries)
+        monkeypatch.setattr(retrieval, "BLOCK", entries)
+        monkeypatch.setattr(retrieval, "TILE", entries // 2)
         parts = retrieval._score_queries(retrieval._unit_rows(z), labels, labels.bincount(), (1, 2, 30))
         reports.append([torch.cat(part) for part in zip(*parts, strict=True)])
     for report in reports[1:]:

@@ -22,12 +22,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that they run")
     parser.add_argument("--runs", type=int, default=1, help="of each figure the one in the middle of so many is kept")
     parser.add_argument("--out", type=Path, default=FOLDER / "results", help="folder of the JSON files")
+    parser.add_argument("--show", action="store_true", help="run nothing: the table of what is in that folder")
     given = parser.parse_args(arguments)
     unknown = sorted(set(given.names) - set(known))
     if unknown:
         parser.error(f"unknown benchmark {unknown[0]!r}: there are {', '.join(known)}")
     if given.runs < 1:
         parser.error(f"--runs must be >= 1, got {given.runs}")
+    if given.show:
+        print(_table.table(_table.read(given.out)))
+        return
     given.out.mkdir(parents=True, exist_ok=True)
     records = []
     for name in given.names or known:
