@@ -1,4 +1,4 @@
-"""Crop, flip and normalise a whole batch of images on its device, in one gather."""
+"""Crop, flip and normalise a whole batch of images on its device."""
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -23,7 +23,8 @@ def augment(
     tops = torch.randint(h - crop_size + 1, (b,), generator=random)
     lefts = torch.randint(w - crop_size + 1, (b,), generator=random)
     mirrored = torch.rand(b, generator=random) < 0.5 * flip
-    return normalise(_crop(images, tops, lefts, mirrored, crop_size))
+    crop = _sliced if images.device.type == "cpu" else _gathered
+    return normalise(crop(images, (tops, lefts, mirrored), crop_size))
 
 
 def centre(images: UInt8[Tensor, "b c h w"], crop_size: int) -> Float[Tensor, "b c {crop_size} {crop_size}"]:
@@ -35,18 +36,26 @@ def centre(images: UInt8[Tensor, "b c h w"], crop_size: int) -> Float[Tensor, "b
 def normalise(images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Return (images / 255 - mean) / std, per channel."""
     mean, std = (_on_device(torch.tensor(values), images)[:, None, None] for values in NORMALISATION[images.shape[1]])
-    return (images / 255 - mean) / std
+    return (images / 255).sub_(mean).div_(std)
 
 
-def _crop(
-    images: UInt8[Tensor, "b c h w"],
-    tops: Int[Tensor, " b"],
-    lefts: Int[Tensor, " b"],
-    mirrored: Bool[Tensor, " b"],
-    size: int,
-) -> UInt8[Tensor, "b c {size} {size}"]:
+Draws = tuple[Int[Tensor, " b"], Int[Tensor, " b"], Bool[Tensor, " b"]]
+"""The top and the left of each image's crop, and whether it is mirrored; on the CPU."""
+
+
+def _sliced(images: UInt8[Tensor, "b c h w"], draws: Draws, size: int) -> UInt8[Tensor, "b c {size} {size}"]:
+    """Copy crop after crop: on a CPU the fastest."""
+    crops = images.new_empty(*images.shape[:2], size, size)
+    for crop, image, top, left, mirrored in zip(crops, images, *(drawn.tolist() for drawn in draws), strict=True):
+        part = image[:, top : top + size, left : left + size]
+        crop.copy_(part.flip(2) if mirrored else part)
+    return crops
+
+
+def _gathered(images: UInt8[Tensor, "b c h w"], draws: Draws, size: int) -> UInt8[Tensor, "b c {size} {size}"]:
+    """Take all crops in one command, where each command costs."""
     b, c, _, _ = images.shape
-    tops, lefts, mirrored = (_on_device(drawn, images) for drawn in (tops, lefts, mirrored))
+    tops, lefts, mirrored = (_on_device(drawn, images) for drawn in draws)
     along = torch.arange(size, device=images.device)
     down = tops[:, None] + along
     across = lefts[:, None] + torch.where(mirrored[:, None], size - 1 - along, along)

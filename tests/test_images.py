@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from hdml_core.images import NORMALISATION, augment, centre, normalise
+from hdml_core.images import NORMALISATION, _gathered, _sliced, augment, centre, normalise
 
 
 def draw_images(b=6, c=3, h=13, w=17, seed=0):
@@ -44,6 +44,17 @@ def test_augment_equals_the_plain_loops(channels, side, flip, seed):
     images = draw_images(3, channels, *side)
     crops = augment(images, 8, flip, generator(seed))
     assert torch.equal(crops, normalise(crops_in_loops(images, 8, flip, generator(seed))))
+
+
+@given(seed=st.integers(0, 2**32), size=st.integers(8, 13))
+def test_both_ways_to_crop_are_the_same(seed, size):
+    images, random = draw_images(), generator(seed)
+    draws = (
+        torch.randint(14 - size, (6,), generator=random),
+        torch.randint(18 - size, (6,), generator=random),
+        torch.rand(6, generator=random) < 0.5,
+    )
+    assert torch.equal(_sliced(images, draws, size), _gathered(images, draws, size))
 
 
 def test_half_are_mirrored_and_the_others_are_not():
