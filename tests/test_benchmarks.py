@@ -111,7 +111,13 @@ def test_the_gpu_suite_counts_the_marked_tests(dry_run):
     assert outcomes == {"passed": 0, "failure": 0, "error": 0}
 
 
-@pytest.mark.parametrize("part", ["steps", "retrieval"])
+def test_the_gpu_suite_measures_what_the_card_can_do(dry_run):
+    rates = dry_run["roofline"]["tflops"]
+    assert rates.keys() == {"float32", "tf32", "bfloat16", "float64"}
+    assert all(rate > 0 for rate in (*rates.values(), dry_run["roofline"]["copy_gb_per_s"]))
+
+
+@pytest.mark.parametrize("part", ["steps", "retrieval", "parts"])
 def test_the_gpu_suite_times_beside_peers(part, dry_run):
     rows = dry_run[part]["rows"]
     assert all(math.isfinite(row["ratio"]) and row["ratio"] == row["ours"] / row["peer"] > 0 for row in rows)
@@ -119,6 +125,7 @@ def test_the_gpu_suite_times_beside_peers(part, dry_run):
     wanted = {
         "steps": ("HDML(npair)", "HDML(triplet)", "paper", "authors", "mobilenet", "googlenet", "bfloat16", "compiled"),
         "retrieval": ("report", "k-means", "Recall@K"),
+        "parts": ("literal formulas", "images of a step", "extraction"),
     }
     assert not [word for word in wanted[part] if not any(word in line for line in said)]
     assert not dry_run[part].get("left_out")

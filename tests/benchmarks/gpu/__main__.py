@@ -15,7 +15,7 @@ from hdml_core.config import parse_setting
 from hdml_core.datasets import data_root
 from hdml_core.errors import ConfigError
 from tests.benchmarks import circumstances
-from tests.benchmarks.gpu import Given, Part, finetuning, marked, timings
+from tests.benchmarks.gpu import Given, Part, finetuning, marked, parts, roofline, timings
 
 FOLDER = Path(__file__).parents[1]
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetensors")
@@ -23,7 +23,9 @@ LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetens
 # Name -> the part, and the share of the time at which it has to stop beginning anything.
 PARTS: dict[str, tuple[Part, float]] = {
     "tests": (marked.run, 0.25),
-    "retrieval": (timings.retrieval, 0.3),
+    "roofline": (roofline.run, 0.25),
+    "parts": (parts.run, 0.28),
+    "retrieval": (timings.retrieval, 0.33),
     "steps": (timings.steps, 0.55),
     "finetuning": (finetuning.run, 1.0),
 }
