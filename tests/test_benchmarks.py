@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import Count, Row
+from tests.benchmarks import Count, Curve, Point, Row
 from tests.benchmarks.__main__ import main
 from tests.benchmarks._table import middle, table
 from tests.benchmarks.gpu import Given, finetuning, timings
@@ -30,6 +30,22 @@ def test_a_benchmark_leaves_its_ratios(name, tmp_path, capsys):
     rows = quick(name, tmp_path)
     assert all(row["ratio"] == row["ours"] / row["peer"] > 0 for row in rows)
     assert name in capsys.readouterr().out
+
+
+@pytest.mark.cluster
+def test_curves_are_drawn_and_say_how_steep_they_are(tmp_path):
+    rows = quick("curves", tmp_path)
+    assert [row["against"] for row in rows] == ["N", "classes", "rows", "trials", "nodes"]
+    for number, row in enumerate(rows, start=1):
+        assert all(point["seconds"] > 0 < point["megabytes"] for point in row["points"])
+        assert all(map(math.isfinite, row["exponents"]))
+        assert (tmp_path / f"curves-{number}.png").stat().st_size > 10_000
+        assert "<svg" in (tmp_path / f"curves-{number}.svg").read_text()
+
+
+def test_a_power_law_is_found():
+    points = [Point(size, 3 * size**2.0, 5 * size**0.5) for size in (1.0, 10.0, 40.0)]
+    assert Curve("cost", "size", points).exponents == pytest.approx((2.0, 0.5))
 
 
 @pytest.mark.cluster

@@ -1,6 +1,6 @@
 """Benchmarks: what our pieces cost, or lose, beside a peer or a physical floor, measured in the same run.
 
-A benchmark is a module here with `run(quick)` that returns a list of Rows or Counts; nothing else has to be done.
+A benchmark is a module here with `run(quick)` that returns a list of Rows, Counts or Curves; no more has to be done.
 Machines are noisy and of all kinds, so what counts is the ratio of medians, never a time by itself. Every figure is one
 of which less is better: "ten times as many images a second" is a tenth of the time for an image. The package `gpu` is a
 suite for one CUDA GPU, with a command of its own.
@@ -11,11 +11,12 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -63,6 +64,38 @@ class Count(NamedTuple):
         return self._asdict()
 
 
+class Point(NamedTuple):
+    """What one size takes."""
+
+    size: float
+    seconds: float
+    megabytes: float
+
+
+class Curve(NamedTuple):
+    """What grows with a size: time and memory, by how steep a line they lie on where both axes are logarithmic."""
+
+    what: str
+    against: str
+    points: Sequence[Point]
+
+    @property
+    def exponents(self) -> tuple[float, float]:
+        """Of time and of memory, as powers of the size."""
+        size, *costs = (np.log(column) for column in zip(*self.points, strict=True))
+        time, memory = (float(np.polyfit(size, cost, 1)[0]) for cost in costs)
+        return time, memory
+
+    def __str__(self) -> str:
+        time, memory = self.exponents
+        return f"{self.what}: time as ({self.against})^{time:.2f}, memory ^{memory:.2f}"
+
+    def record(self) -> dict[str, Any]:
+        """The curve in plain types."""
+        points = [point._asdict() for point in self.points]
+        return {"what": self.what, "against": self.against, "points": points, "exponents": self.exponents}
+
+
 def compare(
     what: str,
     ours: Callable[[], object],
@@ -82,6 +115,18 @@ def compare(
                 taken.append(time.perf_counter() - begin)
     medians = {work: statistics.median(taken) for work, taken in times.items()}
     return Row(what, medians[ours], peer_name, medians[peer], repeats, target=target)
+
+
+def raised_by(work: Callable[[], object]) -> float:
+    """Return by how many MB some work raises what this process holds, at its highest; where there is Linux's /proc."""
+    Path("/proc/self/clear_refs").write_text("5")  # what was its highest before is forgotten
+    before = _highest()
+    work()
+    return (_highest() - before) / 1024
+
+
+def _highest() -> int:
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def circumstances(*libraries: str) -> dict[str, Any]:

@@ -42,6 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
             for row in rows:
                 print(f"{name:12} {row}", flush=True)
         records.append({"circumstances": circumstances(*LIBRARIES), "rows": _table.middle(runs)})
+        for number, row in enumerate(records[-1]["rows"], start=1):
+            if "points" in row:
+                _table.draw(row, given.out / f"{name}-{number}")
         (given.out / f"{name}.json").write_text(json.dumps(records[-1], indent=1) + "\n")
     print(f"\n{_table.table(records)}")
 

@@ -5,6 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+from dashboards.drawing import COLOURS, STYLE
+
 HEADER = ("figure", "ours", "peer or floor", "ratio", "target", "met")
 
 
@@ -13,7 +19,7 @@ def middle(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
 
     Raises ValueError where the runs have not the same figures.
     """
-    figures = [[(row["what"], row["peer_name"]) for row in rows] for rows in runs]
+    figures = [[(row["what"], row.get("peer_name")) for row in rows] for rows in runs]
     if any(of_run != figures[0] for of_run in figures):
         raise ValueError(f"every run must have the same figures, got {figures}")
     found = []
@@ -24,6 +30,8 @@ def middle(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _size(row: dict[str, Any]) -> float:
+    if "exponents" in row:
+        return float(row["exponents"][0])
     return float(row["ratio"] if "ratio" in row else row["ours"])
 
 
@@ -35,6 +43,28 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def draw(row: dict[str, Any], stem: Path) -> None:
+    """Write a curve as STEM.png and STEM.svg, both axes logarithmic."""
+    size, *costs = zip(*(point.values() for point in row["points"]), strict=True)
+    with rc_context(STYLE):
+        figure = Figure((8, 3.4), layout="constrained", dpi=160)
+        panels = figure.subplots(1, 2)
+        for axes, name, values, exponent, colour in zip(
+            panels, ("time, s", "memory, MB"), costs, row["exponents"], COLOURS, strict=False
+        ):
+            axes.loglog(size, values, "o-", color=colour, base=10)
+            axes.set(xlabel=row["against"], title=f"{name}: ∝ size^{exponent:.2f}")
+            axes.xaxis.set_major_locator(FixedLocator(size))
+            axes.xaxis.set_major_formatter(FixedFormatter([f"{value:,}" for value in size]))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.grid(visible=True, which="major", alpha=0.3)
+        figure.suptitle(row["what"], x=0.01, ha="left", fontsize=12)
+        for ending in ("png", "svg"):
+            # Without a date the same numbers give the same file.
+            metadata = {"Date": None} if ending == "svg" else None
+            figure.savefig(stem.with_suffix(f".{ending}"), metadata=metadata)
+
+
 def table(records: Iterable[dict[str, Any]]) -> str:
     """The table in Markdown; a figure without a target is there to be seen."""
     lines = ["| " + " | ".join(HEADER) + " |", "|---|---|---|---|---|---|"]
@@ -43,6 +73,9 @@ def table(records: Iterable[dict[str, Any]]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "exponents" in row:
+        time, memory = row["exponents"]
+        return row["what"], f"time ∝ {row['against']}^{time:.2f}, memory ^{memory:.2f}", "", "", "", ""
     if "ratio" not in row:
         return row["what"], str(row["ours"]), f"{row['peer']} ({row['peer_name']})", "", "", ""
     ours, peer = (f"{row[side]:.3g} {row['unit']}" for side in ("ours", "peer"))

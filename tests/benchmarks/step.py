@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -18,7 +17,7 @@ from hdml_core import training
 from hdml_core.config import Setting, recipe_config
 from hdml_core.datasets import LabelledSet
 from hdml_core.synthesis import literal
-from tests.benchmarks import Row, compare
+from tests.benchmarks import Row, compare, raised_by
 
 RECIPES = ("paper", "authors")
 PAIRS = (64, 16)
@@ -117,18 +116,10 @@ def _run(settings: Mapping[str, Setting], train: LabelledSet) -> tuple[training.
     return training.new_run(recipe_config({**common, **settings}), train), train
 
 
-def _peak() -> int:
-    """Of this process's memory, in KiB; what getrusage says is also that of the process which it was forked from."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0])
-
-
 if __name__ == "__main__":
     recipe, whose, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
     run, train = _run({"recipe": recipe, **_size(n)}, _made_up(1024))
     x, labels = torch.from_numpy(train.values[:, 0]), torch.from_numpy(train.labels)
     with mock.patch("hdml_core.methods.hdml.synthesise", literal) if whose == "literal" else nullcontext():
         training._step(run, x[:4], labels[:4])  # after it the optimisers have what they keep
-        before = _peak()
-        training._step(run, x[: 2 * n], labels[: 2 * n])
-    print((_peak() - before) / 1024)
+        print(raised_by(lambda: training._step(run, x[: 2 * n], labels[: 2 * n])))
