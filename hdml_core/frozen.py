@@ -8,13 +8,14 @@ frozen, and how the images are cropped, so any run that would compute the same o
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
@@ -91,12 +92,39 @@ def _extract(config: Config, dataset: Dataset, device: torch.device, path: Path)
 def _views(
     stem: Extractor, values: np.ndarray, config: Config, device: torch.device
 ) -> Iterator[Float[Tensor, "b v ..."]]:
+    """Yield what the stem gives, batch after batch, each once a GPU has been given the next one to do."""
     data, network, random = config.data, config.network, torch.Generator().manual_seed(0)
     starts = range(0, len(values), EXTRACTED_ROWS)
+    under_way = deque[Callable[[], Tensor]]()
     for start in tqdm(starts, desc=f"{network.extractor}, frozen: {network.frozen}", unit="batch", disable=None):
-        batch = torch.from_numpy(np.array(values[start : start + EXTRACTED_ROWS])).to(device)
+        batch = _sent(values[start : start + EXTRACTED_ROWS], device)
         crops = [images.centre(batch, data.crop_size)]
         crops += [images.augment(batch, data.crop_size, data.flip, random) for _ in range(data.feature_crops - 1)]
         with torch.no_grad():
-            rows = stem(torch.cat(crops)).cpu()
-        yield rows.unflatten(0, (len(crops), len(batch))).transpose(0, 1)
+            rows = stem(torch.cat(crops) if len(crops) > 1 else crops[0])
+        under_way.append(_fetched(rows.unflatten(0, (len(crops), len(batch))).transpose(0, 1)))
+        if len(under_way) == 2:
+            yield under_way.popleft()()
+    yield under_way.popleft()()
+
+
+def _sent(values: UInt8[np.ndarray, "b c h w"], device: torch.device) -> UInt8[Tensor, "b c h w"]:
+    """Copy images to the device; the host does not wait for a GPU, which takes them from page-locked memory."""
+    copied = torch.empty(values.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    copied.numpy()[:] = values
+    return copied.to(device, non_blocking=True)
+
+
+def _fetched(rows: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy rows to the host; to call what is returned is to wait for them."""
+    copied = rows.to("cpu", non_blocking=True)
+    if rows.device.type == "cpu":
+        return lambda: copied
+    there = torch.Event(rows.device)
+    there.record()
+
+    def wait() -> Tensor:
+        there.synchronize()
+        return copied
+
+    return wait

@@ -1,5 +1,8 @@
 """Crop, flip and normalise a whole batch of images on its device."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
@@ -10,6 +13,9 @@ NORMALISATION = {
     1: ((0.5,), (0.5,)),
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+
+TOGETHER = 2**20
+"""Values of crops that a CPU makes at a time: they stay in its cache from one operation to the next."""
 
 
 def augment(
@@ -23,8 +29,10 @@ def augment(
     tops = torch.randint(h - crop_size + 1, (b,), generator=random)
     lefts = torch.randint(w - crop_size + 1, (b,), generator=random)
     mirrored = torch.rand(b, generator=random) < 0.5 * flip
-    crop = _sliced if images.device.type == "cpu" else _gathered
-    return normalise(crop(images, (tops, lefts, mirrored), crop_size))
+    draws = (tops, lefts, mirrored)
+    if images.device.type == "cpu":
+        return _sliced(images, draws, crop_size)
+    return normalise(_gathered(images, draws, crop_size))
 
 
 def centre(images: UInt8[Tensor, "b c h w"], crop_size: int) -> Float[Tensor, "b c {crop_size} {crop_size}"]:
@@ -43,12 +51,26 @@ Draws = tuple[Int[Tensor, " b"], Int[Tensor, " b"], Bool[Tensor, " b"]]
 """The top and the left of each image's crop, and whether it is mirrored; on the CPU."""
 
 
-def _sliced(images: UInt8[Tensor, "b c h w"], draws: Draws, size: int) -> UInt8[Tensor, "b c {size} {size}"]:
-    """Copy crop after crop: on a CPU the fastest."""
-    crops = images.new_empty(*images.shape[:2], size, size)
-    for crop, image, top, left, mirrored in zip(crops, images, *(drawn.tolist() for drawn in draws), strict=True):
-        part = image[:, top : top + size, left : left + size]
-        crop.copy_(part.flip(2) if mirrored else part)
+def _sliced(images: UInt8[Tensor, "b c h w"], draws: Draws, size: int) -> Float[Tensor, "b c {size} {size}"]:
+    """Cut and normalise some crops at a time, so many on each of torch's threads: on a CPU the fastest."""
+    b, c, _, _ = images.shape
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in NORMALISATION[c])
+    crops = torch.empty(b, c, size, size)
+
+    def make(crops: np.ndarray, images: np.ndarray, *draws: np.ndarray) -> None:
+        parts = np.empty(crops.shape, np.uint8)
+        for part, image, top, left, mirrored in zip(parts, images, *draws, strict=True):
+            cut = image[:, top : top + size, left : left + size]
+            part[:] = cut[..., ::-1] if mirrored else cut
+        crops[:] = parts
+        crops /= 255
+        crops -= mean
+        crops /= std
+
+    some = max(1, TOGETHER // crops.shape[1:].numel())
+    batches = ([few.numpy() for few in torch.split(whole, some)] for whole in (crops, images, *draws))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(make, *batches))
     return crops
 
 

@@ -131,6 +131,20 @@ def test_several_crops_differ_and_the_first_is_the_centre(photographs, part, sha
     assert np.abs(three[:, 1] - three[:, 2]).max() > 0.01
 
 
+def test_batches_follow_each_other_and_none_is_lost(photographs, monkeypatch, tmp_path):
+    monkeypatch.setattr(frozen, "EXTRACTED_ROWS", 7)
+    config = config_of(photographs, **{"data.crop_size": 30, "data.flip": True, "data.feature_crops": 3})
+    dataset = frozen.load(config.data, photographs)
+    frozen._extract(config, dataset, torch.device("cpu"), tmp_path / "features.npy")
+    extractor, random, wanted = build_extractor(config.network).eval(), torch.Generator().manual_seed(0), []
+    for batch in torch.from_numpy(np.array(dataset.train.values)).split(7):
+        crops = [images.centre(batch, 30), *(images.augment(batch, 30, True, random) for _ in range(2))]
+        with torch.no_grad():
+            wanted += torch.stack(extractor(torch.cat(crops)).split(len(batch)), dim=1)
+    assert len(wanted) == 24
+    assert np.array_equal(np.load(tmp_path / "features.npy"), torch.stack(wanted).numpy())
+
+
 @pytest.mark.parametrize("part", ["all", LAYER])
 def test_a_frozen_extractor_needs_weights(photographs, part):
     config = config_of(photographs, **{"network.weights": "", "network.frozen": part})

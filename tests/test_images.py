@@ -54,7 +54,7 @@ def test_both_ways_to_crop_are_the_same(seed, size):
         torch.randint(18 - size, (6,), generator=random),
         torch.rand(6, generator=random) < 0.5,
     )
-    assert torch.equal(_sliced(images, draws, size), _gathered(images, draws, size))
+    assert torch.equal(_sliced(images, draws, size), normalise(_gathered(images, draws, size)))
 
 
 def test_half_are_mirrored_and_the_others_are_not():
@@ -105,6 +105,14 @@ def test_normalise_equals_torchvision(channels):
     theirs = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
     torch.testing.assert_close(normalise(images), theirs(images))
     assert normalise(images).dtype == torch.float32
+
+
+@pytest.mark.parametrize("together", [1, 4, 5, 6])
+def test_crops_are_the_same_bitwise_however_many_are_made_together(together, monkeypatch):
+    images = draw_images(b=5)
+    monkeypatch.setattr("hdml_core.images.TOGETHER", together * 3 * 8 * 8)
+    crops = augment(images, 8, True, generator())
+    assert torch.equal(crops, normalise(crops_in_loops(images, 8, True, generator())))
 
 
 def test_augment_draws_nothing_but_from_its_generator():

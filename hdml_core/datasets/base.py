@@ -60,16 +60,22 @@ class LabelledSet:
     def take(
         self, positions: Int[np.ndarray, " b"], device: torch.device | str, views: Int[np.ndarray, " b"] | None = None
     ) -> Shaped[Tensor, "b ..."]:
-        """Return the values at these positions on `device`, of several views the one that is named for each."""
+        """Return the values at these positions on `device`, of several views the one that is named for each.
+
+        A GPU takes them from page-locked memory: the host goes on, and the GPU with what it was at.
+        """
         index = (self.rows[positions],) if views is None else (self.rows[positions], views)
         if isinstance(self.values, np.ndarray):
-            return torch.from_numpy(self.values[index]).to(device, non_blocking=True)
+            taken = torch.from_numpy(self.values[index])
+            pinned = taken.pin_memory() if torch.device(device).type == "cuda" else taken
+            return pinned.to(device, non_blocking=True)
         return self.values[tuple(torch.from_numpy(part).to(self.values.device, non_blocking=True) for part in index)]
 
     def on(self, device: torch.device | str) -> "LabelledSet":
         """Return these rows with a copy of their values on `device`: the same bitwise, and no step waits for them."""
         everything = np.arange(len(self))
-        return replace(self, values=self.take(everything, device), rows=everything)
+        # Not through page-locked memory, which would be kept.
+        return replace(self, values=self.take(everything, "cpu").to(device), rows=everything)
 
 
 @dataclass(frozen=True, eq=False)
