@@ -10,6 +10,7 @@ and neither the tile nor the device has a say in the ranking. Ties go to the low
 import math
 import statistics
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +20,12 @@ from torch.nn import functional as F
 
 from hdml_core.notation import RetrievalReport
 
-BLOCK, TILE = 2**24, 2**20
+BLOCK, TILE = 2**24, 2**21
 """Entries of a matrix that are multiplied at once, 128 MiB in float64, and how many of those a CPU looks at at once, to
 have them in cache; neighbours depend on neither."""
+
+KEPT = 2**27
+"""Entries of a matrix, 512 MiB in float32, up to which all similarities are held, and what k-means measures is kept."""
 
 LLOYD_STEPS = 100
 """k-means stops when no row changes its cluster, and after as many steps in any case."""
@@ -77,7 +81,7 @@ def _unit_rows(z: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
         raise ValueError(f"z must be finite, got {bad} of {len(z)} rows that are not")
     if zero := int((norms == 0).sum()):
         raise ValueError(f"z must have no zero row, which has no direction, got {zero} of {len(z)} rows")
-    return (z / norms).mul_(2**26).round_().mul_(2**-26)
+    return (z / (norms * 2**-26)).round_().mul_(2**-26)
 
 
 def _score_queries(
@@ -85,20 +89,24 @@ def _score_queries(
 ) -> Iterator[tuple[Bool[Tensor, "t q"], Float[Tensor, " t"], Float[Tensor, " t"]]]:
     """Yield, tile by tile, whether each query is found at each K, its average precision at R and its R-precision.
 
-    However large a K is, no more than R rows of the largest class are brought into order: whether a query is found
-    hangs on how many rows come before the nearest of its class, and those need only be counted.
+    However large a K is, no more than R rows of the largest class are brought into order: where none of them is of its
+    class, whether a query is found hangs on how many rows come before the nearest of its class, and they are counted.
     """
     r = sizes[labels] - 1
     deepest = int(r.max())
     rank = torch.arange(1, deepest + 1, device=unit.device, dtype=torch.float64)
     wanted = torch.tensor(ks, device=unit.device)
     members = _members(labels, sizes)
-    for tile, similarity in _similarities(unit):
-        before = _count_before_own(similarity, members[labels[tile]])
-        hits = labels[_nearest(similarity, deepest)] == labels[tile, None]
-        relevant = hits & (rank <= r[tile, None])
+    for tile in _screen(unit, labels):
+        hits = _nearest_hits(tile, deepest)
+        missed = (~hits.any(1)).nonzero().flatten()
+        before = hits.int().argmax(1).index_fill(0, missed, deepest)
+        if max(ks) > deepest:
+            before[missed] = _count_before_own(tile.of(missed), members, wanted)
+        own_r = r[tile.queries]
+        relevant = hits & (rank <= own_r[:, None])
         precision = (hits.cumsum(1) / rank * relevant).sum(1)
-        yield before[:, None] < wanted, precision / r[tile], relevant.sum(1).double() / r[tile]
+        yield before[:, None] < wanted, precision / own_r, relevant.sum(1).double() / own_r
 
 
 def _members(labels: Int[Tensor, " m"], sizes: Int[Tensor, " k"]) -> Int[Tensor, "k most"]:
@@ -108,50 +116,146 @@ def _members(labels: Int[Tensor, " m"], sizes: Int[Tensor, " k"]) -> Int[Tensor,
     return labels.argsort(stable=True)[starts[:, None] + torch.minimum(within, sizes[:, None] - 1)]
 
 
-def _count_before_own(similarity: Float[Tensor, "t m"], own: Int[Tensor, "t most"]) -> Int[Tensor, " t"]:
-    """Return how many columns come before the first of a query's own: the larger ones, and lower ones of equals."""
-    largest = similarity.gather(1, own).amax(1, keepdim=True)
-    before = torch.count_nonzero(similarity > largest, dim=1)
-    tied = torch.count_nonzero(similarity == largest, dim=1) > 1
-    is_equal = similarity[tied] == largest[tied]
-    first = torch.where(is_equal.gather(1, own[tied]), own[tied], similarity.shape[1]).amin(1, keepdim=True)
-    columns = torch.arange(similarity.shape[1], device=similarity.device)
-    return before.index_put((tied,), before[tied] + (is_equal & (columns < first)).sum(1))
+class _Screened(NamedTuple):
+    """The similarities of some queries to all rows, to themselves -inf, none of them off by more than `error`."""
+
+    similarity: Float[Tensor, "t m"]
+    queries: Int[Tensor, " t"]
+    error: float
+    unit: Float[Tensor, "m d"]
+    labels: Int[Tensor, " m"]
+
+    def of(self, rows: Int[Tensor, " s"]) -> "_Screened":
+        """Return what is of some of the queries."""
+        return self._replace(similarity=self.similarity.index_select(0, rows), queries=self.queries[rows])
+
+    def is_own(self, query: Int[Tensor, " n"], column: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Return whether the columns are of the queries' class."""
+        return self.labels[self.queries[query]] == self.labels[column]
+
+    def exact(self, query: Int[Tensor, " n"], column: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Return exact similarities, by pieces that a CPU has in cache."""
+        found = self.unit.new_empty(len(query))
+        for piece in _tiles(len(query), max(1, TILE // self.unit.shape[1])):
+            products = self.unit[self.queries[query[piece]]].mul_(self.unit[column[piece]])
+            torch.sum(products, 1, out=found[piece])
+        return found
 
 
-def _similarities(unit: Float[Tensor, "m d"]) -> Iterator[tuple[slice, Float[Tensor, "t m"]]]:
-    """Yield the similarities of some queries to all rows, to themselves -inf; good until the next are asked."""
-    m = len(unit)
-    at_once = TILE if unit.device.type == "cpu" else BLOCK
-    memory = unit.new_empty(min(m, max(1, BLOCK // m)), m)
-    for block in _tiles(m, len(memory)):
-        similarity = torch.mm(unit[block], unit.T, out=memory[: block.stop - block.start])
-        similarity.diagonal(block.start).fill_(-math.inf)
-        for tile in _tiles(len(similarity), max(1, at_once // m)):
-            yield slice(block.start + tile.start, block.start + tile.stop), similarity[tile]
+def _screen(unit: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> Iterator[_Screened]:
+    """Yield all similarities, tile by tile; each is good until the next is asked for.
+
+    On a CPU they are of float32. Rounded components, d products and d - 1 sums in any order leave a similarity of unit
+    rows off by (d + 2) u / (1 - (d + 2) u) at most, u = 2^-24 (Higham, "Accuracy and Stability of Numerical
+    Algorithms", section 3.1); what is said is a little more, for thresholds are rounded too. They are exact on a GPU,
+    of which float64 is no weakness, and wherever torch has leave to multiply float32 by shorter numbers.
+    """
+    m, d = unit.shape
+    on_cpu = unit.device.type == "cpu"
+    is_float32_whole = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+    rows, error = (unit.float(), 1.01 * (d + 3) * 2.0**-24) if on_cpu and is_float32_whole else (unit, 0.0)
+    tile, block = (max(1, min(m, entries // m)) for entries in (TILE if on_cpu else BLOCK, BLOCK))
+    index = torch.arange(m, device=unit.device)
+    for first, similarity in _products(rows, tile, block):
+        similarity.diagonal(first).fill_(-math.inf)
+        for part in _tiles(len(similarity), tile):
+            yield _Screened(similarity[part], index[first:][part], error, unit, labels)
+
+
+def _products(rows: Float[Tensor, "m d"], tile: int, block: int) -> Iterator[tuple[int, Float[Tensor, "b m"]]]:
+    """Yield the products of some rows with all, and the first of those; each is good until the next is asked for.
+
+    The matrix is symmetric: where there is room for all of it, no more than half of it is multiplied.
+    """
+    m = len(rows)
+    if m * m > KEPT:
+        memory = rows.new_empty(block, m)
+        for some in _tiles(m, block):
+            yield some.start, torch.mm(rows[some], rows.T, out=memory[: some.stop - some.start])
+        return
+    memory = rows.new_empty(m, m)
+    for some in _tiles(m, tile):
+        torch.mm(rows[some], rows[some.start :].T, out=memory[some, some.start :])
+        memory[some.stop :, some] = memory[some, some.stop :].T
+        yield some.start, memory[some]
 
 
 def _tiles(rows: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _nearest(similarity: Float[Tensor, "t m"], count: int) -> Int[Tensor, "t {count}"]:
-    """Return the columns of the `count` largest entries of each row, in order; of equals the lower column first."""
-    columns = _largest(similarity, count + 1).sort(1).values
-    largest, order = similarity.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    columns = columns.gather(1, order)
-    # Which of equals are among the largest is left open; few rows have any.
-    open_ = largest[:, count - 1] == largest[:, count]
-    columns[open_] = similarity[open_].argsort(dim=1, descending=True, stable=True)[:, : count + 1]
-    return columns[:, :count]
+def _nearest_hits(tile: _Screened, count: int) -> Bool[Tensor, "t {count}"]:
+    """Return whether each of the `count` nearest rows is of the query's class, in order; of equals the lower first.
+
+    The screen may leave open which of two rows is nearer; that matters where one is of the class and the other not.
+    """
+    width = 2 * tile.error
+    query, column = _true_entries(tile.similarity >= _lower_bound(tile.similarity, count) - width)
+    sizes = query.bincount(minlength=len(tile.queries))
+    place = torch.arange(len(query), device=query.device) - (sizes.cumsum(0) - sizes)[query]
+    shape = len(sizes), int(sizes.max())
+    values = tile.similarity.new_full(shape, -math.inf).index_put((query, place), tile.similarity[query, column])
+    hits = query.new_zeros(shape, dtype=torch.bool).index_put((query, place), tile.is_own(query, column))
+
+    falling, order = values.sort(dim=1, descending=True)
+    unsure = torch.zeros_like(hits).scatter(1, order, _near_the_other_kind(falling, hits.gather(1, order), width))
+    which = unsure[query, place]
+    query, place, column = query[which], place[which], column[which]
+    values = values.double().index_put((query, place), tile.exact(query, column))
+    return hits.gather(1, values.argsort(dim=1, descending=True, stable=True)[:, :count])
 
 
-def _largest(similarity: Float[Tensor, "t m"], count: int) -> Int[Tensor, "t {count}"]:
-    """Return the columns of the `count` largest entries of each row, in any order."""
-    if similarity.device.type != "cpu":
-        return similarity.topk(count, sorted=False).indices
+def _lower_bound(similarity: Float[Tensor, "t m"], count: int) -> Float[Tensor, "t 1"]:
+    """Return what at least `count` entries of each row reach, and few more: the largest of groups of entries do."""
+    m = similarity.shape[1]
+    group = max(1, min(16, m // (8 * count)))
+    largest = similarity[:, : m // group * group].reshape(-1, group, m // group).amax(1)
+    if largest.device.type != "cpu":
+        return largest.topk(count, sorted=False).values.amin(1, keepdim=True)
     # NumPy's partition takes a fraction of the time of torch's on a CPU.
-    return torch.from_numpy(np.argpartition(similarity.numpy(), -count, axis=1)[:, -count:])
+    return torch.from_numpy(np.partition(largest.numpy(), -count, axis=1)[:, -count, None])
+
+
+def _true_entries(mask: Bool[Tensor, "t m"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Return the rows and the columns of the entries that are true, row by row."""
+    if mask.device.type != "cpu":
+        row, column = mask.nonzero(as_tuple=True)
+        return row, column
+    entry = torch.from_numpy(np.flatnonzero(mask.numpy()))  # the same, in a third of the time
+    row = entry // mask.shape[1]
+    return row, entry - row * mask.shape[1]
+
+
+def _near_the_other_kind(falling: Float[Tensor, "t w"], hits: Bool[Tensor, "t w"], width: float) -> Bool[Tensor, "t w"]:
+    """Return which hits lie within `width` of an entry that is none, and the other way round."""
+    near = torch.zeros_like(hits)
+    for kind in (hits, ~hits):
+        above = torch.where(kind, falling, math.inf).cummin(1).values
+        below = torch.where(kind, falling, -math.inf).flip(1).cummax(1).values.flip(1)
+        near |= ~kind & ((above - falling <= width) | (falling - below <= width))
+    return near
+
+
+def _count_before_own(tile: _Screened, members: Int[Tensor, "k most"], ks: Int[Tensor, " q"]) -> Int[Tensor, " t"]:
+    """Return how many columns come before the first of a query's own; where no K hangs on it, only about as many."""
+    width = 2 * tile.error
+    own = tile.similarity.gather(1, members[tile.labels[tile.queries]]).amax(1, keepdim=True)
+    before = (tile.similarity > own + width).sum(1, dtype=torch.int32).long()  # int32 is summed many times faster
+    at_most = (tile.similarity >= own - width).sum(1, dtype=torch.int32) - 1
+    unsure = ((before[:, None] < ks) != (at_most[:, None] < ks)).any(1).nonzero().flatten()
+    before[unsure] += _count_before_own_within(tile.of(unsure), own[unsure], width)
+    return before
+
+
+def _count_before_own_within(tile: _Screened, own: Float[Tensor, "t 1"], width: float) -> Int[Tensor, " t"]:
+    """Return how many of the columns within `width` of `own` come before the first of them that is the query's own."""
+    query, column = _true_entries((tile.similarity >= own - width) & (tile.similarity <= own + width))
+    value, is_own = tile.exact(query, column), tile.is_own(query, column)
+    nearest = value.new_full((len(own),), -math.inf).scatter_reduce(0, query[is_own], value[is_own], "amax")[query]
+    is_first = is_own & (value == nearest)
+    first = column.new_full((len(own),), len(tile.unit)).scatter_reduce(0, query[is_first], column[is_first], "amin")
+    earlier = (value > nearest) | ((value == nearest) & (column < first[query]))
+    return query[earlier].bincount(minlength=len(own))
 
 
 def nmi(assignment: Int[Tensor, " m"], labels: Int[Tensor, " m"]) -> float:
@@ -194,16 +298,19 @@ def kmeans(z: Float[Tensor, "m d"], k: int, runs: int, seed: int) -> Int[Tensor,
     """Cluster the rows of `z` into `k`, `runs` times from different starts, and return each run's assignment.
 
     Lloyd's algorithm from a greedy k-means++ start (Arthur and Vassilvitskii, "k-means++", SODA 2007), to the end or
-    LLOYD_STEPS, all runs at once. A row as near to two centres goes to the lower cluster. A cluster that empties
+    LLOYD_STEPS, all runs at once. A row goes to another cluster where its centre is nearer, of equals to the lower one.
+    A cluster that empties
     starts again at the row farthest from its own centre; several take the next farthest, in order. Where `z` has fewer
     than `k` distinct rows, clusters stay empty. The same seed gives the same assignment on the same device.
     """
     z = (z - z.mean(0, dtype=torch.float64)).to(z.dtype)  # distances by inner products lose less near the origin
+    kept = z.new_empty(runs, k, len(z)) if runs * k * len(z) <= KEPT else None
+    assignment = torch.zeros(runs, len(z), dtype=torch.long, device=z.device)
     centres = z[_spread_rows(z, k, runs, seed)]
-    assignment = _nearest_centre(z, centres)
+    assignment = _nearest_centre(z, centres, torch.ones_like(centres[..., 0], dtype=torch.bool), assignment, kept)
     for _ in range(LLOYD_STEPS):
-        centres = _means(z, assignment, k)
-        previous, assignment = assignment, _nearest_centre(z, centres)
+        before, centres = centres, _means(z, assignment, k)
+        previous, assignment = assignment, _nearest_centre(z, centres, (centres != before).any(2), assignment, kept)
         if assignment.equal(previous):
             break
     return assignment
@@ -236,16 +343,39 @@ def _squared_distances(
     return d2.view(*rows.shape, len(z))
 
 
-def _nearest_centre(z: Float[Tensor, "m d"], centres: Float[Tensor, "runs k d"]) -> Int[Tensor, "runs m"]:
+def _nearest_centre(
+    z: Float[Tensor, "m d"],
+    centres: Float[Tensor, "runs k d"],
+    moved: Bool[Tensor, "runs k"],
+    assignment: Int[Tensor, "runs m"],
+    kept: Float[Tensor, "runs k m"] | None,
+) -> Int[Tensor, "runs m"]:
+    """Return the nearest centre of each row, where some centres have moved since `assignment`.
+
+    Most clusters are soon what they stay, and so, where how near it is to each row is kept, not measured again
+    (Kaukoranta, Franti and Nevalainen, "A fast exact GLA based on code vector activity detection", IEEE Transactions on
+    Image Processing 9(8), 2000).
+    """
     runs, k, _ = centres.shape
+    if kept is not None:
+        kept[moved] = _nearness(z, centres[moved])
+        return _stay_or_move(kept, assignment)
+    tiles = _tiles(len(z), max(1, BLOCK // (runs * k)))
     flat = centres.flatten(0, 1)
-    half_norms = flat.square().sum(1) / 2
     return torch.cat(
-        [
-            torch.addmm(half_norms, z[tile], flat.T, beta=-1).view(-1, runs, k).argmax(2)
-            for tile in _tiles(len(z), max(1, BLOCK // len(flat)))
-        ]
-    ).T.contiguous()
+        [_stay_or_move(_nearness(z[tile], flat).view(runs, k, -1), assignment[:, tile]) for tile in tiles], dim=1
+    )
+
+
+def _nearness(z: Float[Tensor, "m d"], centres: Float[Tensor, "n d"]) -> Float[Tensor, "n m"]:
+    """Return z' c - |c|^2 / 2, the larger the nearer."""
+    return torch.addmm(centres.square().sum(1, keepdim=True) / 2, centres, z.T, beta=-1)
+
+
+def _stay_or_move(nearness: Float[Tensor, "runs k m"], assignment: Int[Tensor, "runs m"]) -> Int[Tensor, "runs m"]:
+    largest = nearness.amax(1)
+    run, row = (nearness.gather(1, assignment[:, None])[:, 0] != largest).nonzero(as_tuple=True)
+    return assignment.index_put((run, row), nearness[run, :, row].argmax(1))
 
 
 def _means(z: Float[Tensor, "m d"], assignment: Int[Tensor, "runs m"], k: int) -> Float[Tensor, "runs {k} d"]:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -133,11 +134,62 @@ def test_perfect_embeddings_are_perfect():
     assert report.nmi_std == report.f1_std == 0.0
 
 
-def test_equal_similarities_rank_by_row():
-    """Every other row is as near as the next: the lower ones come first, and the query never."""
-    similarity = torch.ones(3, 5, dtype=torch.float64)
-    similarity.diagonal(1).fill_(-math.inf)
-    assert retrieval._nearest(similarity, 3).tolist() == [[0, 2, 3], [0, 1, 3], [0, 1, 2]]
+def exact_loops(unit, labels, ks):
+    """Whether found at each K, average precision and R-precision of each query, ranked in whole numbers."""
+    rows, labels = [[int(v * 2**26) for v in row] for row in unit.tolist()], labels.tolist()
+    scores = []
+    for i, label in enumerate(labels):
+        nearness = [sum(a * b for a, b in zip(rows[i], row, strict=True)) for row in rows]
+        order = sorted((j for j in range(len(rows)) if j != i), key=lambda j: (-nearness[j], j))
+        hits = [labels[j] == label for j in order]
+        r = labels.count(label) - 1
+        average_precision = sum(sum(hits[: p + 1]) / (p + 1) for p in range(r) if hits[p]) / r
+        scores.append(([any(hits[:k]) for k in ks], average_precision, sum(hits[:r]) / r))
+    return scores
+
+
+def scores(unit, labels, ks):
+    parts = retrieval._score_queries(unit, labels, labels.bincount(), ks)
+    return list(zip(*(torch.cat(part).tolist() for part in zip(*parts, strict=True)), strict=True))
+
+
+def close_rows(seed, apart, rows=60, d=40):
+    """A few directions, each of many rows that lie so far apart, with labels that have nothing to do with them."""
+    random = torch.Generator().manual_seed(seed)
+    few = torch.randn(4, d, generator=random, dtype=torch.float64)
+    z = few[torch.randint(4, (rows,), generator=random)]
+    z = z + apart * torch.randn(rows, d, generator=random, dtype=torch.float64)
+    return retrieval._unit_rows(z), torch.arange(rows) % 6
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-8, 1e-6, 1e-4, 1.0])
+@pytest.mark.parametrize("ks", [(1, 5, 9), (1, 9, 10, 40, 59)])
+def test_ranks_are_exact_also_where_float32_cannot_tell_rows_apart(apart, ks):
+    for seed in range(3):
+        unit, labels = close_rows(seed, apart)
+        ours, exact = scores(unit, labels, ks), exact_loops(unit, labels, ks)
+        assert [found for found, _, _ in ours] == [found for found, _, _ in exact]
+        assert [rest for _, *rest in ours] == [pytest.approx(rest, abs=1e-14) for _, *rest in exact]
+
+
+def test_float32_alone_would_rank_otherwise(monkeypatch):
+    """The rows of the test above are as hard as it says: with a screen that is taken at its word, ranks are wrong."""
+    unit, labels = close_rows(0, 1e-4)
+    screen, exact_scores = retrieval._screen, scores(unit, labels, (1, 40))
+    monkeypatch.setattr(retrieval, "_screen", lambda *rows: (tile._replace(error=0.0) for tile in screen(*rows)))
+    assert scores(unit, labels, (1, 40)) != exact_scores
+
+
+@given(st.integers(0, 10_000), st.integers(1, 3000), st.floats(0.0, 1.0))
+def test_the_screen_is_off_by_no_more_than_it_says(seed, d, same):
+    """Also where all products have one sign, so that errors add up most."""
+    z = torch.randn(6, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    unit = retrieval._unit_rows(z + 10 * same * z.abs().amax())
+    exact = (unit @ unit.T).fill_diagonal_(-math.inf)
+    for tile in retrieval._screen(unit, torch.zeros(6, dtype=torch.long)):
+        assert tile.error > 0
+        off = tile.similarity.double() - exact[tile.queries]
+        assert off[exact[tile.queries].isfinite()].abs().max() <= tile.error
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -146,9 +198,10 @@ def test_the_tile_changes_nothing_even_where_rows_are_equal(seed, monkeypatch):
     torch.manual_seed(seed)
     z, labels = torch.randn(60, 129)[torch.randint(60, (301,))], torch.arange(301) % 20
     reports = []
-    for entries in (1, 301 * 7, 301 * 64, 1 << 24):
+    for entries, kept in product((1, 301 * 7, 301 * 64, 1 << 24), (0, 1 << 24)):
         monkeypatch.setattr(retrieval, "BLOCK", entries)
         monkeypatch.setattr(retrieval, "TILE", entries // 2)
+        monkeypatch.setattr(retrieval, "KEPT", kept)
         parts = retrieval._score_queries(retrieval._unit_rows(z), labels, labels.bincount(), (1, 2, 30))
         reports.append([torch.cat(part) for part in zip(*parts, strict=True)])
     for report in reports[1:]:
@@ -190,6 +243,38 @@ def test_kmeans_is_as_tight_as_scikit_learns_and_repeats():
     ours = sorted(map(inertia, assignment))[2]
     theirs = sorted(KMeans(12, n_init=1, random_state=seed).fit(z.numpy()).inertia_ for seed in range(5))[2]
     assert ours <= 1.1 * theirs
+
+
+def loop_kmeans(z, centres, steps):
+    """Lloyd's algorithm: every row looks at every centre in every step; plain loops."""
+    z, centres, assignment = z.tolist(), centres.tolist(), [0] * len(z)
+    for _ in range(steps):
+        far = [[sum((a - b) ** 2 for a, b in zip(row, centre, strict=True)) for centre in centres] for row in z]
+        assignment = [min(range(len(centres)), key=d2.__getitem__) for d2 in far]
+        of = [[row for row, c in zip(z, assignment, strict=True) if c == cluster] for cluster in range(len(centres))]
+        centres = [[sum(axis) / len(rows) for axis in zip(*rows, strict=True)] for rows in of]
+    return assignment
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+@pytest.mark.parametrize("seed", range(3))
+def test_kmeans_equals_the_plain_loops_whether_it_keeps_what_it_measures_or_not(seed, kept, monkeypatch):
+    z, _ = clouds(seed, classes=6, rows=15, spread=1.5)
+    z = z - z.mean(0)
+    monkeypatch.setattr(retrieval, "KEPT", kept)
+    starts = z[retrieval._spread_rows(z, 6, 2, seed)]
+    assert kmeans(z, 6, 2, seed).tolist() == [loop_kmeans(z, start, 100) for start in starts]
+
+
+def test_kmeans_measures_only_centres_that_moved(monkeypatch):
+    measured = []
+    nearness = retrieval._nearness
+    monkeypatch.setattr(
+        retrieval, "_nearness", lambda z, centres: measured.append(len(centres)) or nearness(z, centres)
+    )
+    kmeans(clouds(1, classes=12, rows=30, d=8)[0], 12, 3, 0)
+    assert measured[0] == 36
+    assert measured[-1] < 12
 
 
 def test_an_empty_cluster_takes_the_farthest_row():
