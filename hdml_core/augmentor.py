@@ -16,7 +16,7 @@ from torch import Tensor
 from hdml_core.notation import Roles
 
 
-def gap_kept(j_avg: Float[Tensor, ""], alpha: float) -> Float[Tensor, ""]:
+def gap_kept(j_avg: Float[Tensor, ""], alpha: float | Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return the share of the gap that pulling keeps, exp(-alpha / J_avg), Eq. (7); 1 while J_avg is infinite.
 
     >>> gap_kept(torch.tensor(40.0), 7.0)  # the authors' triplet sum at the start
@@ -25,13 +25,15 @@ def gap_kept(j_avg: Float[Tensor, ""], alpha: float) -> Float[Tensor, ""]:
     return _schedule(j_avg, alpha)
 
 
-def real_weight(j_gen: Float[Tensor, ""], beta: float) -> Float[Tensor, ""]:
+def real_weight(j_gen: Float[Tensor, ""], beta: float | Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return the weight of the real tuples, exp(-beta / J_gen), Eq. (11); 1 while J_gen is infinite."""
     return _schedule(j_gen, beta)
 
 
-def _schedule(average: Float[Tensor, ""], scale: float) -> Float[Tensor, ""]:
+def _schedule(average: Float[Tensor, ""], scale: float | Float[Tensor, ""]) -> Float[Tensor, ""]:
     # A scale of 0 means "never", also where the average has come down to 0 and the quotient would be NaN.
+    if isinstance(scale, Tensor):
+        return torch.where(scale > 0, torch.exp(-scale / average), 1.0)
     return torch.exp(-scale / average) if scale > 0 else torch.ones_like(average)
 
 

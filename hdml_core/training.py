@@ -5,7 +5,7 @@ function of (seed, epoch), so a run restored at an epoch goes on bitwise as if i
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -102,23 +102,35 @@ def fit(run: Run, train: LabelledSet, validation: LabelledSet | None, report: Ca
     Raises NonFiniteLossError at the end of the epoch in which a J was not finite; that epoch is not reported.
     """
     while run.epoch < run.config.optim.epochs:
-        begin = time.monotonic()
-        method = method_of(run.config, run.epoch)
-        hardness = Hardness._fields if method.has_hardness else ()
-        trace = _train_epoch(run, train)
-        run.epoch += 1
-        run.reports.append(
-            EpochReport(
-                epoch=run.epoch,
-                step=run.step,
-                losses={name: float(trace[name].mean()) for name in method.losses._fields},
-                hardness={name: float(trace[name].mean()) for name in hardness},
-                trace={name: tuple(trace[name].tolist()) for name in hardness},
-                validation=None if validation is None else evaluate(run, validation),
-                seconds=time.monotonic() - begin,
-            )
+        report(take_epoch(run, train, validation))
+
+
+def take_epoch(run: Run, train: LabelledSet, validation: LabelledSet | None) -> EpochReport:
+    """Train for one epoch and validate; return the report, which the run has by then too.
+
+    Raises NonFiniteLossError, as `fit` does.
+    """
+    begin = time.monotonic()
+    return end_epoch(run, _train_epoch(run, train), validation, begin)
+
+
+def end_epoch(run: Run, trace: Mapping[str, np.ndarray], validation: LabelledSet | None, begin: float) -> EpochReport:
+    """Validate after an epoch's last step; append and return the report of what its steps came to, by name."""
+    method = method_of(run.config, run.epoch)
+    hardness = Hardness._fields if method.has_hardness else ()
+    run.epoch += 1
+    run.reports.append(
+        EpochReport(
+            epoch=run.epoch,
+            step=run.step,
+            losses={name: float(trace[name].mean()) for name in method.losses._fields},
+            hardness={name: float(trace[name].mean()) for name in hardness},
+            trace={name: tuple(trace[name].tolist()) for name in hardness},
+            validation=None if validation is None else evaluate(run, validation),
+            seconds=time.monotonic() - begin,
         )
-        report(run.reports[-1])
+    )
+    return run.reports[-1]
 
 
 def evaluate(run: Run, rows: LabelledSet) -> RetrievalReport:
@@ -140,22 +152,29 @@ def embed(run: Run, rows: LabelledSet) -> Float[Tensor, "m d"]:
 
 def _train_epoch(run: Run, train: LabelledSet) -> dict[str, np.ndarray]:
     """Take the epoch's steps; return the value of every J and of the hardness at each, by name."""
-    method = method_of(run.config, run.epoch)
+    run.networks.train()
+    trace = [_step(run, x, labels) for x, labels in batches_of(run, train)]
+    # The one wait for the device in an epoch.
+    return close_trace(run, torch.stack(trace).double().cpu().numpy())
+
+
+def batches_of(run: Run, train: LabelledSet) -> Iterator[tuple[Float[Tensor, "b ..."], Int[Tensor, " b"]]]:
+    """Yield the rows and the labels of each of the epoch's batches, as f takes them."""
     seed = np.random.SeedSequence([run.config.seed, run.epoch]).generate_state(1).item()
     random = torch.Generator().manual_seed(seed)
-    run.networks.train()
-    trace = []
     for positions in run.batches.epoch(run.epoch):
         x = _inputs(run, train, positions, random)
-        labels = torch.from_numpy(train.labels[positions]).to(run.device, non_blocking=True)
-        trace.append(_step(run, x, labels))
+        yield x, torch.from_numpy(train.labels[positions]).to(run.device, non_blocking=True)
+
+
+def close_trace(run: Run, table: Float[np.ndarray, "steps values"]) -> dict[str, np.ndarray]:
+    """Close the epoch's window; return the columns of what its steps gave by name. Raises NonFiniteLossError."""
+    method = method_of(run.config, run.epoch)
     if method.has_hardness and run.config.hdml.average_window == 0:
         run.averages = _close_window(run.averages)
-    # The one wait for the device in an epoch.
-    table = torch.stack(trace).double().cpu().numpy()
     names = (*method.losses._fields, *(Hardness._fields if method.has_hardness else ()))
     columns = dict(zip(names, table.T, strict=True))
-    _check_finite(run, method, columns, first_step=run.step - len(trace))
+    _check_finite(run, method, columns, first_step=run.step - len(table))
     return columns
 
 
@@ -167,18 +186,23 @@ def _step(run: Run, x: Float[Tensor, "b ..."], labels: Int[Tensor, " b"]) -> Flo
     objective = _compiled(method.objective) if compiles else method.objective
     losses, hardness = objective(run.networks, batch, run.metric_loss, run.config)
     if hardness is not None:
-        run.averages = _averaged(run.averages, losses, hardness, run.config.hdml)
+        run.averages = averaged(run.averages, losses, hardness, run.config.hdml)
 
     gradients = {name: _gradients(run.optimisers[name], getattr(losses, j)) for name, j in method.moves.items()}
-    halvings = sum(step <= run.step for step in optim.halve_at)
     for name, of_parameter in gradients.items():
         for group in run.optimisers[name].param_groups:
-            group["lr"] = group["initial_lr"] * 0.5**halvings
+            group["lr"] = group["initial_lr"] * share_of_rate(run)
         for parameter, gradient in of_parameter:
             parameter.grad = gradient.clamp(-optim.clip, optim.clip)
         run.optimisers[name].step()
     run.step += 1
     return torch.stack([*losses, *(hardness or ())]).detach()
+
+
+def share_of_rate(run: Run) -> float:
+    """Return what the halvings before the run's next step have left of its learning rates."""
+    halvings = sum(step <= run.step for step in run.config.optim.halve_at)
+    return float(0.5**halvings)
 
 
 def _gradients(optimiser: torch.optim.Adam, j: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
@@ -225,7 +249,7 @@ def _optimisers(networks: Networks, config: Config) -> dict[str, torch.optim.Ada
     return {name: torch.optim.Adam(of_optimiser) for name, of_optimiser in groups.items()}
 
 
-def _averaged(averages: Averages, losses: HdmlLosses, hardness: Hardness, hdml: HdmlConfig) -> Averages:
+def averaged(averages: Averages, losses: HdmlLosses, hardness: Hardness, hdml: HdmlConfig) -> Averages:
     """Take one step into the open window; where that fills it, close it."""
     j = losses.j_m * hardness.w_real if hdml.average_of == "weighted_j_m" else losses.j_m
     averages = averages._replace(

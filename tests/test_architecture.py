@@ -36,7 +36,7 @@ FLOORS = (
     ("hdml_core.methods",),
     ("hdml_core.frozen",),
     ("hdml_core.training",),
-    ("hdml_core.checkpoint", "hdml_core.parallel"),
+    ("hdml_core.checkpoint", "hdml_core.parallel", "hdml_core.fused"),
     ("studies.machinery",),
     ("studies.*", "cluster", "dashboards"),
 )

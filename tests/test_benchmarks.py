@@ -22,10 +22,10 @@ from tests.conftest import ROOT
 NOT_NEEDED = ("matplotlib", "mlflow", "optuna", "psutil", "psycopg", "pytorch_metric_learning", "ray", "sqlalchemy")
 
 
-STUDIES = [pytest.param(name, marks=pytest.mark.cluster) for name in ("growth", "scale")]
+STUDIES = [pytest.param(name, marks=pytest.mark.cluster) for name in ("growth", "overheads", "scale")]
 
 
-@pytest.mark.parametrize("name", ["images", "retrieval", "step", *STUDIES])
+@pytest.mark.parametrize("name", ["fused", "images", "retrieval", "step", *STUDIES])
 def test_a_benchmark_leaves_its_ratios(name, tmp_path, capsys):
     rows = quick(name, tmp_path)
     assert all(row["ratio"] == row["ours"] / row["peer"] > 0 for row in rows)
@@ -53,6 +53,13 @@ def test_a_killed_study_loses_nothing_whatever_its_peer_loses(tmp_path):
     counts = {row["what"]: row["ours"] for row in quick("restore", tmp_path)}
     assert counts.pop("trials that there should be") == counts.pop("trials ended once, and told so alike")
     assert not any(counts.values())
+
+
+@pytest.mark.cluster
+def test_the_study_and_the_plain_recipe_train_the_same(tmp_path):
+    rows = quick("plain_recipe", tmp_path)
+    assert all(row["ratio"] > 0 for row in rows if "ratio" in row)
+    assert {row["peer_name"] for row in rows} == {"what everyone writes", "the same on features cached once"}
 
 
 def quick(name, out):

@@ -255,6 +255,7 @@ def series(
             data,
             store,
             processes=resources.processes,
+            in_turn=study.steps_are_parts,
         )
 
     return Series(

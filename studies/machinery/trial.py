@@ -1,8 +1,8 @@
 """One trial in a worker: a job in, a record after every epoch out. The core under Ray Tune.
 
-A trial is one training for each of its parts, its folds and seeds. It begins with its checkpoints, if it has any, and
-tells again what it told before: a record that was lost on its way arrives then, and one that was not is recognised by
-its epoch.
+A trial is one training for each of its parts, its folds and seeds, one after another or all at once. It begins with
+its checkpoints, if it has any, and tells again what it told before: a record that was lost on its way arrives then, and
+one that was not is recognised by its epoch.
 """
 
 import platform
@@ -10,8 +10,10 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ import torch
 from torch.nn.functional import normalize
 
 from hdml_core import checkpoint, parallel
-from hdml_core.config import Config, with_settings
-from hdml_core.datasets import DataError, Dataset, LabelledSet, validation_fold
+from hdml_core.config import Config, DataConfig, with_settings
+from hdml_core.datasets import DATASETS, DataError, Dataset, LabelledSet, validation_fold
+from hdml_core.datasets.archives import identity
 from hdml_core.frozen import open_data
+from hdml_core.fused import fit_together, why_apart
 from hdml_core.notation import EpochReport, RetrievalReport
 from hdml_core.retrieval import evaluate_retrieval
 from hdml_core.training import Run, evaluate, fit, new_run
@@ -47,7 +51,7 @@ from studies.machinery.records import (
     training_metrics,
 )
 from studies.machinery.store import bring, demand_ownership, keep, leave, take_over
-from studies.machinery.worker import Job, Tell, in_time, memory_mb, part_folder
+from studies.machinery.worker import DATA, Job, Tell, in_time, memory_mb, part_folder
 
 GPU_PATIENCE = 60
 """Seconds for which a trial waits for another to give back the memory of the GPU that they share."""
@@ -90,6 +94,7 @@ def demand_gpu_memory(share: float) -> None:
     torch.cuda.empty_cache()  # what this process's last trial left with torch is free, and must be seen to be
     for _ in range(GPU_PATIENCE):
         free, total = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved()  # by data that it keeps for its next trial
         if free >= wanted * total:
             break
         time.sleep(1)
@@ -103,29 +108,39 @@ def demand_gpu_memory(share: float) -> None:
 
 
 @dataclass(frozen=True)
-class Done:
-    """What the parts that ended have come to."""
+class Part:
+    """One of the trainings that a trial is made of."""
 
-    epochs: int = 0
-    steps: int = 0
-    seconds: float = 0.0
-    qualities: tuple[Mapping[str, float], ...] = ()
+    run: Run
+    train: LabelledSet
+    held_out: LabelledSet | None
+    qualities: Callable[[EpochReport], dict[str, float]]
+    """What to tell of an epoch's retrieval."""
 
 
 def validated(job: Job, tell: Tell) -> None:
-    """Train each part on all folds but its own, and validate on that one after every epoch."""
-    done = Done()
-    for part, changes in enumerate(job.parts):
-        config = with_settings(job.config, changes)
-        dataset = _data(config, job)
-        train, validation = validation_fold(dataset.train, config.data.folds, config.data.fold)
-        run = new_run(config, train, _device(job))
+    """Train each part on all folds but its own, and validate on that one after every epoch.
 
-        def qualities(report: EpochReport) -> dict[str, float]:
-            assert report.validation is not None  # a fold is held out
-            return retrieval_metrics(VALIDATION, report.validation)
+    On frozen features all parts train at once, epoch by epoch, unless the job wants them in turn.
+    """
+    first = _of_fold(job, 0)
+    rest = (_of_fold(job, number) for number in range(1, len(job.parts)))
+    one_by_one = job.in_turn or job.processes > 1 or why_apart([first.run])
+    if one_by_one or len(job.parts) == 1:
+        _in_turn(job, chain([first], rest), tell)
+    else:
+        _at_once(job, [first, *rest], tell)
 
-        done = _run_part(job, part, run, train, validation, qualities, tell, done)
+
+def _of_fold(job: Job, number: int) -> Part:
+    config = with_settings(job.config, job.parts[number])
+    train, validation = validation_fold(_data(config, job).train, config.data.folds, config.data.fold)
+
+    def qualities(report: EpochReport) -> dict[str, float]:
+        assert report.validation is not None  # a fold is held out
+        return retrieval_metrics(VALIDATION, report.validation)
+
+    return Part(new_run(config, train, _device(job)), train, validation, qualities)
 
 
 def sealed(job: Job, tell: Tell) -> None:
@@ -138,7 +153,7 @@ def sealed(job: Job, tell: Tell) -> None:
         last = report.epoch == config.optim.epochs
         return retrieval_metrics(TEST, evaluate(run, dataset.test)) if last else {}
 
-    _run_part(job, 0, run, dataset.train, None, qualities, tell, Done())
+    _in_turn(job, [Part(run, dataset.train, None, qualities)], tell)
 
 
 def as_published(job: Job, tell: Tell) -> None:
@@ -156,7 +171,7 @@ def as_published(job: Job, tell: Tell) -> None:
         last = retrieval_metrics(TEST, looks[-1]) if report.epoch == config.optim.epochs else {}
         return retrieval_metrics(PAPER, chosen) | last
 
-    _run_part(job, 0, run, dataset.train, dataset.test, qualities, tell, Done())
+    _in_turn(job, [Part(run, dataset.train, dataset.test, qualities)], tell)
 
 
 def floor(job: Job, tell: Tell) -> None:
@@ -194,69 +209,112 @@ TRIALS: Mapping[Kind, Callable[[Job, Tell], None]] = {
 }
 
 
-def _run_part(
-    job: Job,
-    part: int,
-    run: Run,
-    train: LabelledSet,
-    held_out: LabelledSet | None,
-    qualities: Callable[[EpochReport], dict[str, float]],
-    tell: Tell,
-    done: Done,
-) -> Done:
-    """Train one part from its checkpoint to its end, telling every epoch; return what has been done then."""
-    folder = part_folder(job.folder, part)
-    leads, shared = job.rank == 0, job.processes > 1
-    tags = _tags(job)
-    if leads:
-        bring(job, folder)
-        tags |= _restored(run, folder, job.attempt)
-    if shared:
-        parallel.share_out(run)
-        parallel.agree(run)
-    total = run.config.optim.epochs
+def _in_turn(job: Job, parts: Iterable[Part], tell: Tell) -> None:
+    """Train each part from its checkpoint to its end before the next one, telling every epoch."""
+    teller = _Teller(job, tell)
+    for number, part in enumerate(parts):
+        told = partial(teller, number, part, _begin(job, number, part.run))
+        for report in list(part.run.reports):
+            told(report)
+        fit(part.run, part.train, part.held_out, partial(_save_and_tell, job, number, part.run, told))
 
-    own: dict[str, float] = {}
 
-    def told(report: EpochReport) -> None:
-        nonlocal own
-        own = qualities(report)
-        ends_part = report.epoch == total
-        seconds = done.seconds + sum(earlier.seconds for earlier in run.reports[: report.epoch])
-        tell(
+def _save_and_tell(job: Job, number: int, run: Run, told: Callable[[EpochReport], None], report: EpochReport) -> None:
+    _save(job, number, run)
+    told(report)
+
+
+def _at_once(job: Job, parts: Sequence[Part], tell: Tell) -> None:
+    """Train all parts from their checkpoints to their ends, telling an epoch of each, part after part, then the next.
+
+    Where the trial was stopped between two of its checkpoints, some parts are an epoch ahead: theirs is told when the
+    others have caught up, so that all are always told in one order.
+    """
+    teller = _Teller(job, tell)
+    runs = [part.run for part in parts]
+    told = [partial(teller, number, part, _begin(job, number, part.run)) for number, part in enumerate(parts)]
+    saved = [run.epoch for run in runs]
+    turns = iter([(epoch, number) for epoch in range(runs[0].config.optim.epochs) for number in range(len(parts))])
+    due = next(turns, None)
+
+    def tell_what_is_due() -> None:
+        nonlocal due
+        while due is not None and due[0] < saved[due[1]]:
+            epoch, number = due
+            due = next(turns, None)
+            told[number](runs[number].reports[epoch])
+
+    def save_and_tell(number: int, report: EpochReport) -> None:
+        _save(job, number, runs[number])
+        saved[number] = report.epoch
+        tell_what_is_due()
+
+    tell_what_is_due()
+    fit_together(runs, [part.train for part in parts], [part.held_out for part in parts], save_and_tell)
+
+
+class _Teller:
+    """Tells the epochs of a trial's parts, and counts them through in the order in which they are told."""
+
+    def __init__(self, job: Job, tell: Tell) -> None:
+        self._job = job
+        self._tell = tell
+        self._epochs, self._steps, self._seconds = 0, 0, 0.0
+        self._starts = [0]
+        """Where each part's hardness begins: there it is laid out part after part, however they are told."""
+        self._ended: list[Mapping[str, float]] = []
+        """What the parts that ended have come to."""
+
+    def __call__(self, number: int, part: Part, tags: Mapping[str, str], report: EpochReport) -> None:
+        job, run = self._job, part.run
+        total = run.config.optim.epochs
+        if number == len(self._starts) - 1:
+            self._starts.append(self._starts[number] + total * run.batches.steps)
+        own, ends_part = part.qualities(report), report.epoch == total
+        self._epochs += 1
+        self._steps += run.batches.steps
+        self._seconds += report.seconds
+        reached = [*self._ended, own]
+        if ends_part:
+            self._ended = reached
+        self._tell(
             Record(
-                epoch=done.epochs + report.epoch,
-                step=done.steps + report.step,
-                seconds=seconds,
+                epoch=self._epochs,
+                step=self._steps,
+                seconds=self._seconds,
                 metrics=training_metrics(report)
-                | (own if len(job.parts) == 1 else _over_parts((*done.qualities, own), ends_part))
-                | _costs(job, seconds),
-                part=part,
+                | (own if len(job.parts) == 1 else _over_parts(reached, ends_part))
+                | _costs(job, self._seconds),
+                part=number,
                 part_qualities=own,
                 ends_part=ends_part,
-                trace=hardness_trace(report, total * len(job.parts), done.steps),
+                trace=hardness_trace(report, total * len(job.parts), self._starts[number]),
                 tags=tags,
-                last=ends_part and part == len(job.parts) - 1,
+                last=ends_part and number == len(job.parts) - 1,
             )
         )
 
-    def save_and_tell(report: EpochReport) -> None:
-        if shared:
-            parallel.agree(run)
-        if leads:
-            demand_ownership(job)
-            keep(job, checkpoint.save(run, folder))
-        told(report)
 
-    for report in list(run.reports):
-        told(report)
-    fit(run, train, held_out, save_and_tell)
-    return Done(
-        done.epochs + total,
-        done.steps + run.step,
-        done.seconds + sum(report.seconds for report in run.reports),
-        (*done.qualities, own),
-    )
+def _begin(job: Job, number: int, run: Run) -> dict[str, str]:
+    """Restore a part's run from its checkpoint, on all ranks; return the tags of what it tells."""
+    tags = _tags(job)
+    if job.rank == 0:
+        folder = part_folder(job.folder, number)
+        bring(job, folder)
+        tags |= _restored(run, folder, job.attempt)
+    if job.processes > 1:
+        parallel.share_out(run)
+        parallel.agree(run)
+    return tags
+
+
+def _save(job: Job, number: int, run: Run) -> None:
+    """Keep a part's run as it is after an epoch."""
+    if job.processes > 1:
+        parallel.agree(run)
+    if job.rank == 0:
+        demand_ownership(job)
+        keep(job, checkpoint.save(run, part_folder(job.folder, number)))
 
 
 def _restored(run: Run, folder: Path, attempt: int) -> dict[str, str]:
@@ -296,13 +354,29 @@ def _costs(job: Job, seconds: float) -> dict[str, float]:
 
 
 def _data(config: Config, job: Job) -> Dataset:
-    dataset = open_data(config, job.root, _device(job))
+    """Return the run's data: those of an earlier part or trial in this worker, unless theirs would be others by now."""
+    device = _device(job)
+    source = DATASETS[config.data.name](config.data, job.root)
+    weights = Path(config.network.weights).expanduser()
+    decide = (
+        (job.root, device),
+        replace(config.data, batch_size=DataConfig.batch_size, folds=DataConfig.folds, fold=DataConfig.fold),
+        (config.network.extractor, config.network.frozen, config.network.weights),
+        tuple(source.identity),
+        tuple(identity(weights)) if weights.is_file() else (),
+    )
+    dataset = DATA.take(decide, lambda: _opened(config, job.root, device))
     if job.data not in ("", dataset.digest):
         raise DataError(
             f"{config.data.name} in {job.root} on {platform.node()} must be the study's data, digest {job.data}, got "
             f"{dataset.digest}: put the same archives there, or set HDML_ARCHIVES to where all nodes get them from"
         )
-    return replace(dataset, train=dataset.train.on(_device(job))) if config.data.resident else dataset
+    return dataset
+
+
+def _opened(config: Config, root: Path, device: torch.device) -> Dataset:
+    dataset = open_data(config, root, device)
+    return replace(dataset, train=dataset.train.on(device)) if config.data.resident else dataset
 
 
 def _device(job: Job) -> torch.device:

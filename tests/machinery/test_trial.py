@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hdml_core.config import recipe_config, to_settings
-from hdml_core.datasets import Dataset, LabelledSet
+from hdml_core.datasets import DataError, Dataset, LabelledSet
+from hdml_core.training import NonFiniteLossError
 from studies.machinery import trial
 from studies.machinery.records import (
     GPU_SECONDS,
@@ -23,7 +24,7 @@ from studies.machinery.records import (
 )
 from studies.machinery.store import SupersededError, take_over
 from studies.machinery.trial import TRIALS, GpuBusyError, demand_gpu_memory
-from studies.machinery.worker import Job
+from studies.machinery.worker import Job, Kept
 
 TRAIN, TEST, ROWS = 8, 6, 6
 EPOCHS, STEPS = 3, 2
@@ -47,8 +48,20 @@ def made(features=False):
 
 @pytest.fixture
 def opens(monkeypatch):
-    """Let trials open this data set from now on."""
-    return lambda dataset: monkeypatch.setattr(trial, "open_data", lambda config, root, device: dataset)
+    """Let trials open this data set from now on, in a worker that has kept none; return in what runs it is opened."""
+
+    def these(dataset):
+        opened = []
+
+        def open_data(config, root, device):
+            opened.append(config)
+            return dataset
+
+        monkeypatch.setattr(trial, "open_data", open_data)
+        monkeypatch.setattr(trial, "DATA", Kept())
+        return opened
+
+    return these
 
 
 @pytest.fixture(autouse=True)
@@ -329,6 +342,143 @@ def test_an_attempt_that_was_superseded_writes_nothing_more(a_job):
     assert [path.name for path in (a_job.folder / "part-00").iterdir()] == ["epoch-00001"]
 
 
+# Data, opened once -----------------------------------------------------------------------------------------------
+
+
+def test_a_worker_opens_its_data_once_for_all_parts_and_trials(opens, a_job):
+    opened = opens(made())
+    parts = vary(a_job, parts=FOLDS_AND_SEEDS, settings=a_job.settings | {"data.resident": True})
+    records(parts)
+    records(vary(parts, folder=a_job.folder / "next", settings=parts.settings | {"hdml.alpha": 2.0}))
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"data.image_size": 20}, {"data.flip": True}, {"data.resident": True}, {"network.frozen": "all"}]
+)
+def test_other_data_are_opened_anew(opens, a_job, change):
+    opened = opens(made(features=True))
+    records(a_job, until=1)
+    records(vary(a_job, folder=a_job.folder / "next", settings=a_job.settings | change), until=1)
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize("file", ["data.path", "network.weights"])
+def test_a_file_that_changed_is_noticed_by_the_next_trial(opens, a_job, tmp_path, file):
+    path = tmp_path / "file.npz"
+    path.write_bytes(b"before")
+    opened = opens(made(features=True))
+    job = vary(a_job, settings=a_job.settings | {"data.name": "features", file: str(path)})
+    if file != "data.path":
+        (tmp_path / "features.npz").touch()
+        job = vary(job, settings=job.settings | {"data.path": str(tmp_path / "features.npz")})
+    for content in (b"before", b"after"):
+        path.write_bytes(content)
+        records(vary(job, folder=job.folder / content.decode()), until=1)
+    assert len(opened) == 2
+
+
+def test_data_that_changed_into_others_than_the_study_s_are_refused(opens, a_job):
+    opens(made())
+    records(vary(a_job, data="0"), until=1)
+    with pytest.raises(DataError, match="must be the study's data, digest 1, got 0"):
+        records(vary(a_job, data="1", folder=a_job.folder / "next"), until=1)
+
+
+# Parts at once ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def at_once(a_job, opens):
+    """A job on features, whose parts train together."""
+    opens(made(features=True))
+    return vary(a_job, parts=FOLDS_AND_SEEDS)
+
+
+def of_parts(told):
+    """What each epoch of each part came to, and nothing of when it was told."""
+    return {
+        (record.part, sum(other.part == record.part for other in told[: i + 1])): (
+            record.part_qualities,
+            {name: value for name, value in record.metrics.items() if name.startswith("train/")},
+            record.trace,
+            record.ends_part,
+        )
+        for i, record in enumerate(told)
+    }
+
+
+def test_parts_on_features_are_told_epoch_by_epoch(at_once):
+    told = records(at_once)
+    assert [record.part for record in told] == EPOCHS * [0, 1, 2, 3]
+    assert [record.epoch for record in told] == list(range(1, 4 * EPOCHS + 1))
+    assert [record.step for record in told] == [STEPS * record.epoch for record in told]
+    assert [record.ends_part for record in told] == 4 * (EPOCHS - 1) * [False] + 4 * [True]
+    assert [record.last for record in told] == [False] * (4 * EPOCHS - 1) + [True]
+    seconds = [record.seconds for record in told]
+    assert seconds == sorted(seconds)
+    assert seconds == [record.metrics[SECONDS] for record in told]
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    """So many for what is done at once, and one for all else."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_parts_at_once_are_what_they_are_in_turn(at_once, threads):
+    in_turn = records(vary(at_once, folder=at_once.folder / "in turn", in_turn=True))
+    assert [record.part for record in in_turn] == [part for part in range(4) for _ in range(EPOCHS)]
+    torch.set_num_threads(threads)
+    told = records(at_once)
+    assert of_parts(told) == of_parts(in_turn)
+    final = [
+        {name: value for name, value in records_of[-1].metrics.items() if name.startswith(("validation/", "part/"))}
+        for records_of in (told, in_turn)
+    ]
+    assert final[0] == final[1]
+    assert {*VALIDATED} < final[0].keys()
+
+
+def test_parts_at_once_told_twice_are_told_the_same(at_once):
+    first = records(at_once)
+    assert [*map(lasting, records(vary(at_once, attempt=2)))] == [*map(lasting, first)]
+
+
+@pytest.mark.parametrize("stopped_at", [[1], [4], [6], [3, 7, 9]])
+def test_parts_at_once_stopped_anywhere_end_as_if_they_had_not_been(stopped_at, at_once):
+    undisturbed = records(vary(at_once, folder=at_once.folder / "undisturbed"))
+    for attempt, until in enumerate(stopped_at, start=1):
+        records(vary(at_once, attempt=attempt), until)
+    resumed = records(vary(at_once, attempt=len(stopped_at) + 1))
+    assert [*map(timeless, resumed)] == [*map(timeless, undisturbed)]
+
+
+@pytest.mark.parametrize("ahead", [{0}, {2}, {0, 1, 3}], ids=str)
+def test_parts_that_are_behind_catch_up_before_anything_is_told(ahead, at_once):
+    """As after checkpoints that could not be read, or a power cut between two of them."""
+    undisturbed = records(vary(at_once, folder=at_once.folder / "undisturbed"))
+    records(at_once, until=2 * 4)
+    for part in {0, 1, 2, 3} - ahead:
+        for epoch in (2,) if part else (1, 2):
+            shutil.rmtree(at_once.folder / f"part-{part:02d}" / f"epoch-{epoch:05d}")
+    resumed = records(vary(at_once, attempt=2))
+    assert [*map(timeless, resumed)] == [*map(timeless, undisturbed)]
+
+
+def test_a_part_whose_loss_is_not_finite_ends_the_trial_with_its_own_error(at_once, opens):
+    dataset = made(features=True)
+    dataset.train.values[: ROWS * TRAIN : 2 * ROWS] = 1e30  # in classes that validate in fold 0, and train in fold 1
+    opens(dataset)
+    told = []
+    with pytest.raises(NonFiniteLossError, match=r"^j_\w+ is (inf|nan) at epoch \d+, step \d+"):
+        TRIALS["search"](at_once, told.append)
+    assert {record.part for record in told} <= {0}
+
+
 # A GPU that is shared ---------------------------------------------------------------------------------------------
 
 
@@ -360,6 +510,12 @@ def test_a_whole_gpu_has_no_bound(gpu):
     asked = gpu(90)
     demand_gpu_memory(2.0)
     assert asked == {"emptied": True}
+
+
+def test_what_a_worker_keeps_of_the_gpu_is_its_own(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 30)
+    assert gpu(15).setdefault("waited", 0) == 0
+    demand_gpu_memory(0.5)
 
 
 def test_a_gpu_that_stays_busy_is_told_with_its_numbers(gpu):

@@ -1,11 +1,14 @@
 """What keeps a worker honest: the watch it is under, and the memory that it may not keep."""
 
+import gc
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+from ray import cloudpickle
 from ray.tune.trainable.function_trainable import FunctionTrainable
 
 from studies.machinery import worker
@@ -14,6 +17,7 @@ from studies.machinery.worker import (
     GROWTH_MB,
     FreshProcessError,
     Job,
+    Kept,
     as_worker,
 )
 from tests.conftest import ROOT
@@ -89,6 +93,56 @@ def test_a_worker_whose_memory_grew_makes_way_for_a_fresh_process(monkeypatch, g
             reused.reset_config({})
     else:
         assert reused.reset_config({})
+
+
+def test_a_worker_keeps_one_thing_and_knows_its_size(monkeypatch):
+    held = [(700.0, 10.0), (750.0, 40.0), (700.0, 10.0), (701.0, 10.0)]
+    monkeypatch.setattr(worker, "memory_mb", lambda: held.pop(0))
+    kept = Kept()
+    assert [kept.take("birds", lambda: "all birds"), kept.take("birds", fail)] == ["all birds"] * 2
+    assert kept.mb == (50.0, 30.0)
+    assert kept.take("cars", lambda: (kept.mb, "all cars")) == ((0.0, 0.0), "all cars")  # the birds went first
+    assert kept.mb == (1.0, 0.0)
+
+
+def test_what_can_t_be_opened_is_not_kept():
+    kept = Kept()
+    with pytest.raises(OSError, match="opened again"):
+        kept.take("birds", fail)
+    assert kept.take("birds", lambda: "all birds") == "all birds"
+
+
+def fail():
+    raise OSError("opened again")
+
+
+def test_the_data_that_a_worker_keeps_are_no_growth(monkeypatch):
+    held = [(700.0, 10.0), (701.0 + GROWTH_MB, 10.0)]
+    monkeypatch.setattr(worker, "memory_mb", lambda: held.pop(0))
+    monkeypatch.setattr(FunctionTrainable, "setup", lambda self, config: None)
+    monkeypatch.setattr(FunctionTrainable, "reset_config", lambda self, new_config: True)
+    monkeypatch.setattr(worker.DATA, "mb", (0.0, 0.0))
+    sent = cloudpickle.loads(cloudpickle.dumps(as_worker(lambda config: None)))(
+        config={}
+    )  # as Ray sends it to a worker
+    worker.DATA.mb = (1.0, 0.0)
+    assert sent.reset_config({})
+
+
+def test_between_trials_only_what_trials_left_is_looked_through(monkeypatch):
+    monkeypatch.setattr(FunctionTrainable, "setup", lambda self, config: None)
+    monkeypatch.setattr(FunctionTrainable, "reset_config", lambda self, new_config: True)
+    reused = as_worker(lambda config: None)(config={})
+    assert gc.get_freeze_count() > len(gc.get_objects())
+
+    class Left:
+        def __init__(self):
+            self.itself = self
+
+    left = weakref.ref(Left())
+    assert reused.reset_config({})
+    assert left() is None
+    gc.unfreeze()
 
 
 def test_a_worker_whose_last_trial_does_not_end_makes_way_too(monkeypatch):
