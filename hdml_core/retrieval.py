@@ -1,10 +1,13 @@
 """How well embeddings retrieve their class: Recall@K, MAP@R and R-precision; NMI and F1 of a clustering.
 
 Rows are compared on the unit sphere, where the largest inner product is the smallest Euclidean distance. Neighbours
-are exact: the components of the unit rows are rounded to multiples of 2^-26, about what float32 resolves, and
-multiplied in float64. Every product and every partial sum is then a multiple of 2^-52 below 2, which float64 holds
-without rounding, so a similarity is the same number in whatever order a device sums it: equal rows tie exactly,
-and neither the tile nor the device has a say in the ranking. Ties go to the lower row.
+are exact: the components of the unit rows are rounded to multiples of 2^-26, about what float32 resolves, and what
+decides a rank is multiplied in float64. Every product and every partial sum is then a multiple of 2^-52 below 2, which
+float64 holds without rounding, so a similarity is the same number in whatever order a device sums it: equal rows tie
+exactly, and neither the tile nor the device has a say in the ranking. Ties go to the lower row.
+
+On a CPU a product in float32, of which it is known how far it is off at most, goes before; only what it leaves open is
+multiplied in float64.
 """
 
 import math
@@ -134,7 +137,9 @@ class _Screened(NamedTuple):
         return self.labels[self.queries[query]] == self.labels[column]
 
     def exact(self, query: Int[Tensor, " n"], column: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Return exact similarities, by pieces that a CPU has in cache."""
+        """Return exact similarities: of few by pieces that a CPU has in cache, of many out of those to all rows."""
+        if len(query) * 16 > self.similarity.numel():  # about where both take as long
+            return (self.unit[self.queries] @ self.unit.T)[query, column]
         found = self.unit.new_empty(len(query))
         for piece in _tiles(len(query), max(1, TILE // self.unit.shape[1])):
             products = self.unit[self.queries[query[piece]]].mul_(self.unit[column[piece]])

@@ -180,6 +180,23 @@ def test_float32_alone_would_rank_otherwise(monkeypatch):
     assert scores(unit, labels, (1, 40)) != exact_scores
 
 
+@pytest.fixture
+def shortened():
+    """Products in float32 of bfloat16 numbers, which torch can be told to be content with."""
+    products = torch.backends.mkldnn.matmul
+    before, products.fp32_precision = products.fp32_precision, "bf16"
+    yield
+    products.fp32_precision = before
+
+
+def test_the_screen_is_exact_where_float32_may_be_multiplied_by_shorter_numbers(shortened):
+    unit, labels = close_rows(0, 1e-4)
+    assert {(tile.error, tile.similarity.dtype) for tile in retrieval._screen(unit, labels)} == {(0.0, torch.float64)}
+    assert [found for found, *_ in scores(unit, labels, (1, 40))] == [
+        found for found, *_ in exact_loops(unit, labels, (1, 40))
+    ]
+
+
 @given(st.integers(0, 10_000), st.integers(1, 3000), st.floats(0.0, 1.0))
 def test_the_screen_is_off_by_no_more_than_it_says(seed, d, same):
     """Also where all products have one sign, so that errors add up most."""
