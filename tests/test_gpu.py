@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from hdml_core import checkpoint, retrieval, training
+from hdml_core import checkpoint, frozen, retrieval, training
 from hdml_core.images import augment
+from hdml_core.networks import Extractor
 from tests.benchmarks.gpu import made_up
 from tests.test_images import draw_images, generator
 from tests.test_training import assert_equal_runs, labelled, small_config
@@ -182,6 +183,16 @@ def test_rows_on_the_device_are_those_of_the_host(images):
     on_host = trained(config, train, validation)
     on_device = trained(config, train.on("cuda"), validation.on("cuda"))
     assert_equal_runs(on_device, on_host)
+
+
+def test_what_is_extracted_comes_in_its_place(monkeypatch):
+    monkeypatch.setattr(frozen, "EXTRACTED_ROWS", 7)
+    pixels = draw_images(b=40, h=40, w=40).numpy()
+    stem = Extractor(torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten()), batch_norm_frozen=False)
+    config = small_config(**IMAGES, **{"data.flip": True, "data.feature_crops": 3})
+    host, device = (torch.cat(list(frozen._views(stem, pixels, config, torch.device(of)))) for of in ("cpu", "cuda"))
+    assert host.shape == device.shape == (40, 3, 48)
+    torch.testing.assert_close(device, host)
 
 
 @contextmanager
