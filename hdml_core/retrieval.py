@@ -304,9 +304,9 @@ def kmeans(z: Float[Tensor, "m d"], k: int, runs: int, seed: int) -> Int[Tensor,
 
     Lloyd's algorithm from a greedy k-means++ start (Arthur and Vassilvitskii, "k-means++", SODA 2007), to the end or
     LLOYD_STEPS, all runs at once. A row goes to another cluster where its centre is nearer, of equals to the lower one.
-    A cluster that empties
-    starts again at the row farthest from its own centre; several take the next farthest, in order. Where `z` has fewer
-    than `k` distinct rows, clusters stay empty. The same seed gives the same assignment on the same device.
+    A cluster that empties starts again at the row farthest from its own centre; several take the next farthest, in
+    order. Where `z` has fewer than `k` distinct rows, clusters stay empty. The same seed gives the same assignment on
+    the same device.
     """
     z = (z - z.mean(0, dtype=torch.float64)).to(z.dtype)  # distances by inner products lose less near the origin
     kept = z.new_empty(runs, k, len(z)) if runs * k * len(z) <= KEPT else None

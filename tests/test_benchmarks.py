@@ -14,7 +14,7 @@ import torch
 from tests.benchmarks import Count, Curve, Point, Row
 from tests.benchmarks.__main__ import main
 from tests.benchmarks._table import middle, table
-from tests.benchmarks.gpu import Given, finetuning, timings
+from tests.benchmarks.gpu import Given, finetuning, parts, timings
 from tests.benchmarks.gpu import __main__ as gpu
 from tests.conftest import ROOT
 
@@ -177,7 +177,7 @@ def toy():
     return Given(torch.device("cpu"), True, Path("nowhere"), Path("nothing"), {})
 
 
-@pytest.mark.parametrize(("part", "filled"), [(timings.steps, "rows"), (finetuning.run, "runs")])
+@pytest.mark.parametrize(("part", "filled"), [(timings.steps, "rows"), (parts.run, "rows"), (finetuning.run, "runs")])
 def test_a_part_of_the_gpu_suite_begins_nothing_when_time_is_up(part, filled, toy):
     record, said = {}, []
     part(toy, 0.0, record, said.append)

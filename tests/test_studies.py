@@ -199,4 +199,5 @@ def check_ledger(out, children, trials):
         assert row.notes.get("mlflow_run", run.info.run_id) == run.info.run_id
         assert run.data.tags[records.TAG_STATE] == row.state
         assert float(run.data.params["hdml.alpha"]) == row.params["hdml.alpha"]
+    assert any("mlflow_run" in row.notes for row in rows)
     return rows

@@ -88,7 +88,7 @@ TAG_SET_ASIDE = "checkpoint_set_aside"
 class Record(NamedTuple):
     """What a trial says after an epoch: the one message from a worker to ledger and recorder.
 
-    Epochs, steps and seconds are counted over all parts of the trial, its folds and seeds one after another; when an
+    Epochs, steps and seconds are counted over all parts of the trial, its folds and seeds, in the order told; when an
     epoch is told a second time they are the same.
     """
 

@@ -71,7 +71,7 @@ class Study:
     limits: Mapping[str, float] = field(default_factory=dict)
     """Upper bounds of metrics at a trial's last epoch, such as cost/peak_memory_mb; a trial above one can't be best."""
     folds: int = 1
-    """On how many of the `data.folds` class-disjoint folds a trial is validated, one after another from `data.fold`."""
+    """On how many of the `data.folds` class-disjoint folds a trial is validated, counted from `data.fold`."""
     seeds: int = 1
     """How often on each fold, from `seed` upwards. The score is the mean over folds and seeds."""
     trials: int = 24

@@ -123,13 +123,15 @@ def validated(job: Job, tell: Tell) -> None:
 
     On frozen features all parts train at once, epoch by epoch, unless the job wants them in turn.
     """
-    first = _of_fold(job, 0)
-    rest = (_of_fold(job, number) for number in range(1, len(job.parts)))
+    rest = (_of_fold(job, number) for number in range(len(job.parts)))
+    first = next(rest)
     one_by_one = job.in_turn or job.processes > 1 or why_apart([first.run])
+    parts = chain([first], rest)
+    del first  # in turn, none is held for longer than it trains
     if one_by_one or len(job.parts) == 1:
-        _in_turn(job, chain([first], rest), tell)
+        _in_turn(job, parts, tell)
     else:
-        _at_once(job, [first, *rest], tell)
+        _at_once(job, [*parts], tell)
 
 
 def _of_fold(job: Job, number: int) -> Part:

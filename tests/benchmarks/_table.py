@@ -38,9 +38,8 @@ def _size(row: dict[str, Any]) -> float:
 def read(folder: Path) -> Iterator[dict[str, Any]]:
     """The records of all benchmarks that left one in a folder, by name."""
     for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text())
         if path.stem != "gpu":
-            yield record
+            yield json.loads(path.read_text())
 
 
 def draw(row: dict[str, Any], stem: Path) -> None:

@@ -31,6 +31,15 @@ def driver(out: Path, module: str, *arguments: object) -> Iterator[subprocess.Po
                 os.killpg(process.pid, signal.SIGKILL)  # Ray's agents outlive a driver by half a minute
 
 
+def run_driver(out: Path, module: str, *arguments: object) -> None:
+    """Run a driver to its end. Raises RuntimeError, with what it said, where that is not exit status 0."""
+    with driver(out, module, *arguments) as process:
+        process.wait()
+    if process.returncode != 0:
+        said = (out / "driver.log").read_text()
+        raise RuntimeError(f"{module} must end with exit status 0, got {process.returncode}: {said}")
+
+
 def toy_ledger(out: Path) -> optuna.Study:
     """The toy study's rows; made beforehand, they can be watched from the first one on."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 
 from hdml_core import retrieval, training
 from hdml_core.config import recipe_config
-from hdml_core.datasets import LabelledSet
 from tests.benchmarks import Curve, Point, raised_by
-from tests.benchmarks._toys import driver
+from tests.benchmarks._toys import run_driver
+from tests.benchmarks.gpu import made_up
 from tests.benchmarks.growth import watch
 
 TUPLES, CLASSES, GALLERY = (16, 32, 64, 128, 256), (100, 400, 1600, 6400), (2_000, 4_000, 8_000, 16_000, 32_000)
@@ -59,18 +58,13 @@ def _of_trials(counts: Sequence[int]) -> list[Point]:
 def _of_nodes(nodes: int, trials: int) -> Point:
     with tempfile.TemporaryDirectory(prefix="curves-") as folder:
         out = Path(folder)
-        with driver(out, "tests.benchmarks._nodes", out, nodes, trials) as process:
-            process.wait()
-        if process.returncode != 0:
-            raise RuntimeError(f"the driver must end with exit status 0: {(out / 'driver.log').read_text()}")
+        run_driver(out, "tests.benchmarks._nodes", out, nodes, trials)
         costs = json.loads((out / "costs.json").read_text())
     return Point(nodes, costs["seconds"], costs["memory"])
 
 
 def _step(tuples: int, classes: int) -> Callable[[], object]:
-    labels = np.repeat(np.arange(classes), 2)
-    values = np.random.default_rng(0).normal(size=(len(labels), 1, 1024)).astype(np.float32)
-    train = LabelledSet(values, np.arange(len(labels)), labels, tuple(map(str, range(classes))))
+    train = made_up((1, 1024), classes, rows=2, device=torch.device("cpu"))
     settings = {
         "data.name": "features",
         "network.embedding_size": 512,

@@ -8,12 +8,13 @@ this CPU is a row of its own.
 from collections.abc import Callable, Sequence
 from itertools import product
 
-import numpy as np
+import torch
 
 from hdml_core import fused, training
 from hdml_core.config import Setting, recipe_config
 from hdml_core.datasets import LabelledSet, validation_fold
 from tests.benchmarks import Row, compare
+from tests.benchmarks.gpu import made_up
 
 METHODS = (("none", "npair", 128), ("none", "triplet", 120), ("hdml", "npair", 128), ("hdml", "triplet", 120))
 FOLDS, SEEDS = 5, 2
@@ -51,7 +52,8 @@ class _Runs:
     """Two seeds on each fold."""
 
     def __init__(self, settings: dict[str, Setting], features: int) -> None:
-        folds = [validation_fold(_made_up(features), FOLDS, fold) for fold in range(FOLDS)] * SEEDS
+        rows = made_up((1, features), classes=125, rows=10, device=torch.device("cpu"))
+        folds = [validation_fold(rows, FOLDS, fold) for fold in range(FOLDS)] * SEEDS
         self.trains = [train for train, _ in folds]
         self.validations: Sequence[LabelledSet | None] = [validation for _, validation in folds]
         self.runs = [
@@ -64,11 +66,3 @@ class _Runs:
     def one_by_one(self) -> None:
         for run, train, validation in zip(self.runs, self.trains, self.validations, strict=True):
             training.take_epoch(run, train, validation)
-
-
-def _made_up(features: int) -> LabelledSet:
-    rng, labels = np.random.default_rng(0), np.repeat(np.arange(125), 10)
-    values = rng.normal(size=(125, features))[labels] + 4 * rng.normal(size=(len(labels), features))
-    return LabelledSet(
-        values[:, None].astype(np.float32), np.arange(len(labels)), labels, tuple(f"{k:03d}" for k in range(125))
-    )

@@ -1,7 +1,6 @@
 """Images: a training batch beside ImageFolder and a DataLoader, and extraction beside the bare forward pass."""
 
 import os
-import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +18,11 @@ from hdml_core import frozen, images
 from hdml_core.config import recipe_config
 from hdml_core.datasets import load
 from hdml_core.networks import EXTRACTORS, build_extractor
-from tests.benchmarks import Row, compare
+from tests.benchmarks import Row, _birds, compare
 
 BATCH = 128
 PHOTOGRAPH = (375, 500)
 """What most photographs of CUB-200-2011 measure: height and width in pixels."""
-CUB = Path(os.environ.get("HDML_SHARED", Path(__file__).parents[3] / "shared")) / "data" / "CUB_200_2011.tgz"
 
 
 def run(quick: bool) -> list[Row]:
@@ -34,8 +32,8 @@ def run(quick: bool) -> list[Row]:
         made_up, height_and_width = root / "made-up", (48, 64) if quick else PHOTOGRAPH
         _photographs(made_up, 4 if quick else 64, 8, height_and_width)
         rows = [_training(made_up, 36, 32, quick) if quick else _training(made_up, 256, 227, quick)]
-        if CUB.is_file():
-            _crops_of_birds(root / "birds", 4 if quick else 64, 16)
+        if _birds.ARCHIVE.is_file():
+            _birds.unpack(root / "birds", 4 if quick else 64, of_each=16)
             rows.append(_training(root / "birds", 110, 96, quick))
         return [*rows, _extraction(root, quick)]
 
@@ -135,16 +133,3 @@ def _photographs(folder: Path, classes: int, of_each: int, height_and_width: tup
             smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
             noisy = np.clip(smooth + random.normal(scale=4, size=smooth.shape), 0, 255).astype(np.uint8)
             Image.fromarray(noisy).save(of_class / f"{picture}.jpg", quality=90)
-
-
-def _crops_of_birds(folder: Path, classes: int, of_each: int) -> None:
-    """Unpack some images of the first classes; an image lies in a folder such as `001.Black_footed_Albatross`."""
-    with tarfile.open(CUB) as archive:
-        for member in archive:
-            path = Path(member.name)
-            of_class = folder / path.parent.name
-            if path.suffix != ".jpg" or int(of_class.name[:3]) > classes:
-                continue
-            of_class.mkdir(parents=True, exist_ok=True)
-            if len(list(of_class.iterdir())) < of_each:
-                (of_class / path.name).write_bytes(archive.extractfile(member).read())

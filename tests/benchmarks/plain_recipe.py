@@ -8,7 +8,6 @@ is nothing to measure.
 
 import json
 import os
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -21,10 +20,9 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from studies.machinery.intervals import interval
-from tests.benchmarks import Count, Row
+from tests.benchmarks import Count, Row, _birds
 from tests.benchmarks._plain_recipe import Scores, Size
-from tests.benchmarks._toys import driver
-from tests.conftest import ROOT
+from tests.benchmarks._toys import run_driver
 
 SIZE = Size((0.3, 3.0), (0.3, 3.0), folds=5, epochs=2, side=96, batch=64, embedding=512, hidden=512)
 CLASSES = 80
@@ -50,9 +48,8 @@ class Took(NamedTuple):
 
 def run(quick: bool) -> list[Row | Count]:
     """Set the study beside the recipe of everyone, and beside one that caches the features too."""
-    shared = Path(os.environ.get("HDML_SHARED", ROOT.parent / "shared"))
-    birds, weights = shared / "data/CUB_200_2011.tgz", shared / "weights/mobilenet_v2_imagenet_folded.fp16.safetensors"
-    missing = [str(path) for path in (birds, weights) if not path.is_file()]
+    weights = _birds.SHARED / "weights/mobilenet_v2_imagenet_folded.fp16.safetensors"
+    missing = [str(path) for path in (_birds.ARCHIVE, weights) if not path.is_file()]
     if missing and not quick:
         return [Count(f"left out: {' and '.join(missing)} not found", 0, "set HDML_SHARED", 0, 0)]
     with tempfile.TemporaryDirectory(prefix="plain_recipe-") as folder:
@@ -62,7 +59,7 @@ def run(quick: bool) -> list[Row | Count]:
             save_file(models.mobilenet_v2().state_dict(), weights)
             _make_up(images)
         else:
-            _unpack(birds, images, CLASSES)
+            _birds.unpack(images, CLASSES)
         took = {way: _time(Path(folder), way, images, weights, size) for way in ("study", "cached", "recipe")}
     return _rows(took, size)
 
@@ -95,28 +92,11 @@ def _time(folder: Path, way: str, images: Path, weights: Path, size: Size) -> To
     out.mkdir()
     command = (out, way, images, weights, json.dumps(size._asdict()))
     begin = time.time()
-    with (
-        patch.dict(os.environ, HDML_DATA=str(out / "data")),
-        driver(out, "tests.benchmarks._plain_recipe", *command) as process,
-    ):
-        process.wait()
+    with patch.dict(os.environ, HDML_DATA=str(out / "data")):
+        run_driver(out, "tests.benchmarks._plain_recipe", *command)
     seconds = time.time() - begin
-    if process.returncode != 0:
-        raise RuntimeError(f"{way} must end with exit status 0: {(out / 'driver.log').read_text()}")
     scores = Scores(**dict(zip(Scores._fields, json.loads((out / "scores.json").read_text()), strict=True)))
     return Took(seconds, seconds - (scores.end - scores.begin), scores)
-
-
-def _unpack(archive: Path, images: Path, classes: int) -> None:
-    """The first classes of the birds, each in a folder of its own."""
-    with tarfile.open(archive) as birds:
-        for member in birds:
-            path = Path(member.name)
-            if path.suffix == ".jpg" and int(path.parent.name[:3]) <= classes:
-                content = birds.extractfile(member)
-                assert content  # it is a file
-                (images / path.parent.name).mkdir(parents=True, exist_ok=True)
-                (images / path.parent.name / path.name).write_bytes(content.read())
 
 
 def _make_up(images: Path) -> None:

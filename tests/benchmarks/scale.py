@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from tests.benchmarks import Count, Row
-from tests.benchmarks._toys import driver
+from tests.benchmarks._toys import run_driver
 from tests.machinery.toys import EPOCHS
 
 
@@ -39,8 +39,5 @@ def measure(whose: str, trials: int) -> dict[str, float]:
     """Seconds, and processor seconds by process, of so many trials."""
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         out = Path(folder)
-        with driver(out, "tests.benchmarks._fleet", out, whose, trials) as process:
-            process.wait()
-        if process.returncode != 0:
-            raise RuntimeError(f"the fleet must end with exit status 0: {(out / 'driver.log').read_text()}")
+        run_driver(out, "tests.benchmarks._fleet", out, whose, trials)
         return json.loads((out / "costs.json").read_text())

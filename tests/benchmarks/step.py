@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from unittest import mock
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +17,7 @@ from hdml_core.config import Setting, recipe_config
 from hdml_core.datasets import LabelledSet
 from hdml_core.synthesis import literal
 from tests.benchmarks import Row, compare, raised_by
+from tests.benchmarks.gpu import made_up
 
 RECIPES = ("paper", "authors")
 PAIRS = (64, 16)
@@ -78,9 +78,7 @@ def _over_plain(quick: bool) -> Iterator[Row]:
 def _fine_tuning(quick: bool) -> Row:
     """The whole network learns: what HDML adds to a step of the authors' extractor at the authors' size of image."""
     side, crop, batch, repeats = (40, 32, 8, 1) if quick else (256, 227, 32, 3)
-    images = np.random.default_rng(0).integers(0, 256, (100, 3, side, side), dtype=np.uint8)
-    labels = np.repeat(np.arange(50), 2)
-    train = LabelledSet(images, np.arange(100), labels, tuple(map(str, range(50))))
+    train = made_up((3, side, side), classes=50, rows=2, device=torch.device("cpu"))
     settings: dict[str, Setting] = {
         "data.name": "cub200",
         "data.image_size": side,
@@ -97,29 +95,25 @@ def _fine_tuning(quick: bool) -> Row:
 
 
 def _made_up(features: int) -> LabelledSet:
-    values = np.random.default_rng(0).normal(size=(400, 1, features)).astype(np.float32)
-    return LabelledSet(values, np.arange(400), np.repeat(np.arange(100), 4), tuple(map(str, range(100))))
+    return made_up((1, features), classes=100, rows=4, device=torch.device("cpu"))
 
 
 def _stepper(settings: Mapping[str, Setting], train: LabelledSet) -> Callable[[], object]:
     """Return what takes the first step of an epoch again and again."""
-    run, train = _run(settings, train)
-
-    def step() -> None:
-        training._train_epoch(run, train)
-
-    return step
+    run = _run(settings, train)
+    return lambda: training._train_epoch(run, train)
 
 
-def _run(settings: Mapping[str, Setting], train: LabelledSet) -> tuple[training.Run, LabelledSet]:
+def _run(settings: Mapping[str, Setting], train: LabelledSet) -> training.Run:
     common = {"data.name": "features", "optim.steps_per_epoch": 1, "loss.name": "npair"}
-    return training.new_run(recipe_config({**common, **settings}), train), train
+    return training.new_run(recipe_config({**common, **settings}), train)
 
 
 if __name__ == "__main__":
     recipe, whose, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    run, train = _run({"recipe": recipe, **_size(n)}, _made_up(1024))
-    x, labels = torch.from_numpy(train.values[:, 0]), torch.from_numpy(train.labels)
+    train = _made_up(1024)
+    run = _run({"recipe": recipe, **_size(n)}, train)
+    x, labels = torch.as_tensor(train.values[:, 0]), torch.from_numpy(train.labels)
     with mock.patch("hdml_core.methods.hdml.synthesise", literal) if whose == "literal" else nullcontext():
         training._step(run, x[:4], labels[:4])  # after it the optimisers have what they keep
         print(raised_by(lambda: training._step(run, x[: 2 * n], labels[: 2 * n])))
