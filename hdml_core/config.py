@@ -68,8 +68,9 @@ class DataConfig:
     """What train and test share nothing of on `omniglot`; the other data sets are disjoint by class."""
     feature_crops: int = 1
     """Views of each training image in the cache of a frozen extractor: the centre crop, then random ones."""
-    resident: bool = False
-    """Keep the rows of the training classes on the device: bitwise the same, and no step waits for them."""
+    resident: bool = True
+    """Keep the rows of the training classes on the GPU where they fit beside what trains: bitwise the same, and no step
+    waits for them."""
 
     def __post_init__(self) -> None:
         _check_types(self, "data.")

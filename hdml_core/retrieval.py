@@ -12,8 +12,11 @@ multiplied in float64.
 
 import math
 import statistics
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Barrier
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,7 +103,8 @@ def _score_queries(
     rank = torch.arange(1, deepest + 1, device=unit.device, dtype=torch.float64)
     wanted = torch.tensor(ks, device=unit.device)
     members = _members(labels, sizes)
-    for tile in _screen(unit, labels):
+
+    def score(tile: _Screened) -> tuple[Tensor, Tensor, Tensor]:
         hits = _nearest_hits(tile, deepest)
         missed = (~hits.any(1)).nonzero().flatten()
         before = hits.int().argmax(1).index_fill(0, missed, deepest)
@@ -109,7 +113,35 @@ def _score_queries(
         own_r = r[tile.queries]
         relevant = hits & (rank <= own_r[:, None])
         precision = (hits.cumsum(1) / rank * relevant).sum(1)
-        yield before[:, None] < wanted, precision / own_r, relevant.sum(1).double() / own_r
+        return before[:, None] < wanted, precision / own_r, relevant.sum(1).double() / own_r
+
+    with _a_core_each(unit.device) as apply:
+        for tiles in _screen(unit, labels):
+            yield from apply(score, tiles)
+
+
+@contextmanager
+def _a_core_each(device: torch.device) -> Iterator[Callable[..., Iterable[Any]]]:
+    """Yield a `map` whose calls run side by side, each on a core of its own; all serve what is done between.
+
+    Of small operations, one core makes nearly as many as all of them together.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield map
+        return
+    all_there = Barrier(threads + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        all_there.wait()
+
+    with ThreadPoolExecutor(threads, initializer=begin) as pool:
+        for _ in range(threads):
+            pool.submit(int)
+        all_there.wait()
+        torch.set_num_threads(threads)  # of products, for all threads: the last word counts
+        yield pool.map
 
 
 def _members(labels: Int[Tensor, " m"], sizes: Int[Tensor, " k"]) -> Int[Tensor, "k most"]:
@@ -147,8 +179,8 @@ class _Screened(NamedTuple):
         return found
 
 
-def _screen(unit: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> Iterator[_Screened]:
-    """Yield all similarities, tile by tile; each is good until the next is asked for.
+def _screen(unit: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> Iterator[Iterator[_Screened]]:
+    """Yield all similarities, some tiles at a time; they are good until the next are asked for.
 
     On a CPU they are of float32. Rounded components, d products and d - 1 sums in any order leave a similarity of unit
     rows off by (d + 2) u / (1 - (d + 2) u) at most, u = 2^-24 (Higham, "Accuracy and Stability of Numerical
@@ -163,12 +195,12 @@ def _screen(unit: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> Iterator[_
     index = torch.arange(m, device=unit.device)
     for first, similarity in _products(rows, tile, block):
         similarity.diagonal(first).fill_(-math.inf)
-        for part in _tiles(len(similarity), tile):
-            yield _Screened(similarity[part], index[first:][part], error, unit, labels)
+        parts = _tiles(len(similarity), tile)
+        yield (_Screened(similarity[part], index[first:][part], error, unit, labels) for part in parts)
 
 
 def _products(rows: Float[Tensor, "m d"], tile: int, block: int) -> Iterator[tuple[int, Float[Tensor, "b m"]]]:
-    """Yield the products of some rows with all, and the first of those; each is good until the next is asked for.
+    """Yield the products of some rows with all, and the first of those; they are good until the next are asked for.
 
     The matrix is symmetric: where there is room for all of it, no more than half of it is multiplied.
     """
@@ -182,7 +214,7 @@ def _products(rows: Float[Tensor, "m d"], tile: int, block: int) -> Iterator[tup
     for some in _tiles(m, tile):
         torch.mm(rows[some], rows[some.start :].T, out=memory[some, some.start :])
         memory[some.stop :, some] = memory[some, some.stop :].T
-        yield some.start, memory[some]
+    yield 0, memory
 
 
 def _tiles(rows: int, step: int) -> Iterator[slice]:

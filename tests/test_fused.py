@@ -60,8 +60,8 @@ def sets(equal=True):
     return [labelled(k) if equal else labelled(k, classes=16 + 4 * (k % 2)) for k in range(RUNS)]
 
 
-def begun(settings, trains):
-    return [training.new_run(config, train) for config, train in zip(settings, trains, strict=True)]
+def begun(settings, trains, device="cpu"):
+    return [training.new_run(config, train, device) for config, train in zip(settings, trains, strict=True)]
 
 
 def together(runs, trains, report=lambda k, report: None):
@@ -69,9 +69,9 @@ def together(runs, trains, report=lambda k, report: None):
     return runs
 
 
-def alone(settings, trains):
+def alone(settings, trains, device="cpu"):
     """Each run by itself, on one core."""
-    runs, threads = begun(settings, trains), torch.get_num_threads()
+    runs, threads = begun(settings, trains, device), torch.get_num_threads()
     torch.set_num_threads(1)
     for run, train in zip(runs, trains, strict=True):
         training.fit(run, train, labelled(9, 5), lambda report: None)

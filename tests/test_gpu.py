@@ -16,6 +16,7 @@ from hdml_core import checkpoint, frozen, retrieval, training
 from hdml_core.images import augment
 from hdml_core.networks import Extractor
 from tests.benchmarks.gpu import made_up
+from tests.test_fused import OF_TUPLES, alone, assert_close_runs, begun, configs, sets, together
 from tests.test_images import draw_images, generator
 from tests.test_training import assert_equal_runs, labelled, small_config
 
@@ -183,6 +184,13 @@ def test_rows_on_the_device_are_those_of_the_host(images):
     on_host = trained(config, train, validation)
     on_device = trained(config, train.on("cuda"), validation.on("cuda"))
     assert_equal_runs(on_device, on_host)
+
+
+@pytest.mark.parametrize("variant", OF_TUPLES)
+def test_in_a_stack_each_run_is_what_it_is_alone(variant):
+    settings, trains = configs(variant, **{"optim.precision": "float64"}), sets()
+    at_once = together(begun(settings, trains, "cuda"), trains)
+    assert_close_runs(at_once, alone(settings, trains, "cuda"), rtol=1e-7)
 
 
 def test_what_is_extracted_comes_in_its_place(monkeypatch):

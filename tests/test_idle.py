@@ -28,7 +28,7 @@ OTHER = {
     "data.fold": 1,
     "data.disjoint_by": "alphabet",
     "data.feature_crops": 2,
-    "data.resident": True,
+    "data.resident": False,
     "network.extractor": "resnet50",
     "network.weights": "elsewhere.safetensors",
     "network.frozen": "all",

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 import pytest
@@ -176,7 +176,9 @@ def test_float32_alone_would_rank_otherwise(monkeypatch):
     """The rows of the test above are as hard as it says: with a screen that is taken at its word, ranks are wrong."""
     unit, labels = close_rows(0, 1e-4)
     screen, exact_scores = retrieval._screen, scores(unit, labels, (1, 40))
-    monkeypatch.setattr(retrieval, "_screen", lambda *rows: (tile._replace(error=0.0) for tile in screen(*rows)))
+    monkeypatch.setattr(
+        retrieval, "_screen", lambda *rows: ([tile._replace(error=0.0) for tile in tiles] for tiles in screen(*rows))
+    )
     assert scores(unit, labels, (1, 40)) != exact_scores
 
 
@@ -191,7 +193,8 @@ def shortened():
 
 def test_the_screen_is_exact_where_float32_may_be_multiplied_by_shorter_numbers(shortened):
     unit, labels = close_rows(0, 1e-4)
-    assert {(tile.error, tile.similarity.dtype) for tile in retrieval._screen(unit, labels)} == {(0.0, torch.float64)}
+    found = {(tile.error, tile.similarity.dtype) for tiles in retrieval._screen(unit, labels) for tile in tiles}
+    assert found == {(0.0, torch.float64)}
     assert [found for found, *_ in scores(unit, labels, (1, 40))] == [
         found for found, *_ in exact_loops(unit, labels, (1, 40))
     ]
@@ -203,7 +206,7 @@ def test_the_screen_is_off_by_no_more_than_it_says(seed, d, same):
     z = torch.randn(6, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     unit = retrieval._unit_rows(z + 10 * same * z.abs().amax())
     exact = (unit @ unit.T).fill_diagonal_(-math.inf)
-    for tile in retrieval._screen(unit, torch.zeros(6, dtype=torch.long)):
+    for tile in chain.from_iterable(retrieval._screen(unit, torch.zeros(6, dtype=torch.long))):
         assert tile.error > 0
         off = tile.similarity.double() - exact[tile.queries]
         assert off[exact[tile.queries].isfinite()].abs().max() <= tile.error
@@ -223,6 +226,20 @@ def test_the_tile_changes_nothing_even_where_rows_are_equal(seed, monkeypatch):
         reports.append([torch.cat(part) for part in zip(*parts, strict=True)])
     for report in reports[1:]:
         assert all(map(torch.equal, report, reports[0]))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_cores_change_nothing_and_are_as_many_afterwards(threads, monkeypatch):
+    monkeypatch.setattr(retrieval, "TILE", 60 * 7)
+    unit, labels = close_rows(0, 1e-6)
+    expected, before = exact_loops(unit, labels, (1, 40)), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = scores(unit, labels, (1, 40))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert [found for found, *_ in ours] == [found for found, *_ in expected]
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e25])

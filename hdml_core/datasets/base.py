@@ -38,6 +38,11 @@ class LabelledSet:
         return len(self.classes)
 
     @property
+    def nbytes(self) -> int:
+        """What the values of these rows take."""
+        return len(self) * self.values[:1].nbytes
+
+    @property
     def kind(self) -> Kind:
         """What a row is, told by its axes."""
         kinds: dict[int, Kind] = {4: "images", 3: "features", 5: "activations"}

@@ -53,6 +53,9 @@ EPOCHS = "epochs"
 COMPARED = ("arms", "baseline", "goals", "limits", "folds", "seeds", "steps", "data")
 """Terms of a study, beside its settings and its space, that may not change once it was begun."""
 
+WITHOUT_A_TRACE = ("data.resident",)
+"""Settings that change no bit of a run, and so may change at any time."""
+
 
 class Row(NamedTuple):
     """A trial as the ledger has it."""
@@ -400,7 +403,9 @@ def _changes(begun: Mapping[str, Any], terms: Mapping[str, Any]) -> list[str]:
     """What makes trials incomparable, line by line; the question's wording does not."""
     old, new = ({**of["settings"], **{name: of.get(name) or None for name in COMPARED}} for of in (begun, terms))
     return [
-        f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in old | new if old.get(name) != new.get(name)
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in old | new
+        if old.get(name) != new.get(name) and name not in WITHOUT_A_TRACE
     ]
 
 

@@ -53,6 +53,9 @@ from studies.machinery.records import (
 from studies.machinery.store import bring, demand_ownership, keep, leave, take_over
 from studies.machinery.worker import DATA, Job, Tell, in_time, memory_mb, part_folder
 
+RESIDENT = 0.25
+"""Of the memory that a trial has on a GPU, what its data may take to be kept there."""
+
 GPU_PATIENCE = 60
 """Seconds for which a trial waits for another to give back the memory of the GPU that they share."""
 
@@ -367,7 +370,7 @@ def _data(config: Config, job: Job) -> Dataset:
         tuple(source.identity),
         tuple(identity(weights)) if weights.is_file() else (),
     )
-    dataset = DATA.take(decide, lambda: _opened(config, job.root, device))
+    dataset = DATA.take(decide, lambda: _opened(config, job))
     if job.data not in ("", dataset.digest):
         raise DataError(
             f"{config.data.name} in {job.root} on {platform.node()} must be the study's data, digest {job.data}, got "
@@ -376,9 +379,19 @@ def _data(config: Config, job: Job) -> Dataset:
     return dataset
 
 
-def _opened(config: Config, root: Path, device: torch.device) -> Dataset:
-    dataset = open_data(config, root, device)
-    return replace(dataset, train=dataset.train.on(device)) if config.data.resident else dataset
+def _opened(config: Config, job: Job) -> Dataset:
+    device = _device(job)
+    dataset = open_data(config, job.root, device)
+    stays = config.data.resident and dataset.train.nbytes <= _room_for_data(job)
+    return replace(dataset, train=dataset.train.on(device)) if stays else dataset
+
+
+def _room_for_data(job: Job) -> float:
+    """How many bytes of data a trial may keep on its GPU; without one, a memory map is as near as anything."""
+    if job.gpus == 0:
+        return 0.0
+    share = min(job.gpus / job.processes, 1.0)
+    return RESIDENT * share * torch.cuda.mem_get_info()[1]
 
 
 def _device(job: Job) -> torch.device:

@@ -68,6 +68,7 @@ def test_rows_put_on_a_device_are_the_same(views):
     resident = whole.on("cpu")
     assert isinstance(resident.values, torch.Tensor)
     assert len(resident.values) == len(resident)
+    assert resident.nbytes == whole.nbytes == np.asarray(resident.values).nbytes
     assert (resident.kind, resident.feature_size) == (whole.kind, whole.feature_size)
     for part in (resident, resident.on("cpu")):
         taken = part.subset([0, 1]).take(positions, "cpu", views)

@@ -264,6 +264,11 @@ def test_a_study_goes_on_only_on_its_own_terms(ledger):
         ledger.settle(terms(wider, epochs=5), wider)
 
 
+def test_a_setting_that_changes_no_bit_may_change(ledger):
+    ledger.settle(terms(**{"data.resident": False}), SPACE)
+    ledger.settle(terms(**{"data.resident": True}), SPACE)
+
+
 def test_a_study_is_known_by_more_than_its_name(ledger, begin):
     identity = ledger.identity()
     assert ledger.identity() == identity

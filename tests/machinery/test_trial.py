@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import shutil
 from contextlib import suppress
 
@@ -159,12 +160,42 @@ def test_no_trial_of_a_search_reads_a_test_image(kind, a_job, opens):
     assert not [name for record in undisturbed for name in record.metrics if name.startswith(("test/", "paper/"))]
 
 
-def test_rows_kept_on_the_device_are_the_same_and_those_of_the_training_classes_alone(a_job, opens):
+@pytest.fixture
+def room_for_data(monkeypatch):
+    """Trials may keep so many bytes on their device, as if that were a GPU; return what was put there."""
+    put = []
+    on = LabelledSet.on
+    monkeypatch.setattr(LabelledSet, "on", lambda rows, device: put.append(rows) or on(rows, device))
+
+    def of(bytes_):
+        monkeypatch.setattr(trial, "_room_for_data", lambda job: bytes_)
+        return put
+
+    return of
+
+
+def test_rows_kept_on_the_device_are_the_same_and_those_of_the_training_classes_alone(a_job, opens, room_for_data):
     job = vary(a_job, parts=FOLDS_AND_SEEDS)
     undisturbed = records(job)
     opens(with_values(made(), made().train.values.view(Sealed)))
-    resident = vary(job, folder=job.folder / "resident", settings=job.settings | {"data.resident": True})
-    assert [*map(timeless, records(resident))] == [*map(timeless, undisturbed)]
+    put = room_for_data(made().train.nbytes)
+    assert [*map(timeless, records(vary(job, folder=job.folder / "resident")))] == [*map(timeless, undisturbed)]
+    assert len(put) == 1
+
+
+@pytest.mark.parametrize(("settings", "missing"), [({}, 1), ({"data.resident": False}, 0)])
+def test_rows_stay_in_the_memory_map_where_they_do_not_fit_or_are_to(settings, missing, a_job, room_for_data):
+    put = room_for_data(made().train.nbytes - missing)
+    records(vary(a_job, settings=a_job.settings | settings), until=1)
+    assert not put
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "room"), [(0.0, 1, 0), (0.5, 1, 200), (1.0, 1, 400), (1.0, 2, 200), (2.0, 2, 400), (2.0, 1, 400)]
+)
+def test_data_may_take_a_quarter_of_what_a_trial_has_on_its_gpu(a_job, monkeypatch, gpus, ranks, room):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1600))
+    assert trial._room_for_data(vary(a_job, gpus=gpus, processes=ranks)) == room
 
 
 @pytest.mark.parametrize(("kind", "epochs"), [("confirm", EPOCHS - 1), ("paper", 0)])
@@ -196,10 +227,13 @@ def test_paper_mode_gives_the_honest_number_too(a_job):
     assert not [name for record in told[:-1] for name in record.metrics if name.startswith("test/")]
 
 
-def test_a_floor_is_the_same_of_rows_kept_on_the_device(a_job, opens):
+def test_a_floor_is_the_same_of_rows_kept_on_the_device(a_job, opens, room_for_data):
     opens(made(features=True))
     (floor,) = records(vary(a_job, kind="floor"))
-    (resident,) = records(vary(a_job, kind="floor", settings=a_job.settings | {"data.resident": True}))
+    opens(made(features=True))
+    put = room_for_data(math.inf)
+    (resident,) = records(vary(a_job, kind="floor"))
+    assert len(put) == 1
     assert {n: v for n, v in floor.metrics.items() if "/" in n and not n.startswith("cost")} == {
         n: v for n, v in resident.metrics.items() if not n.startswith("cost")
     }
@@ -347,14 +381,14 @@ def test_an_attempt_that_was_superseded_writes_nothing_more(a_job):
 
 def test_a_worker_opens_its_data_once_for_all_parts_and_trials(opens, a_job):
     opened = opens(made())
-    parts = vary(a_job, parts=FOLDS_AND_SEEDS, settings=a_job.settings | {"data.resident": True})
+    parts = vary(a_job, parts=FOLDS_AND_SEEDS)
     records(parts)
     records(vary(parts, folder=a_job.folder / "next", settings=parts.settings | {"hdml.alpha": 2.0}))
     assert len(opened) == 1
 
 
 @pytest.mark.parametrize(
-    "change", [{"data.image_size": 20}, {"data.flip": True}, {"data.resident": True}, {"network.frozen": "all"}]
+    "change", [{"data.image_size": 20}, {"data.flip": True}, {"data.resident": False}, {"network.frozen": "all"}]
 )
 def test_other_data_are_opened_anew(opens, a_job, change):
     opened = opens(made(features=True))
