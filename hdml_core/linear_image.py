@@ -7,6 +7,7 @@ the mean and variance that a batch norm wants.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from typing import NamedTuple
 
 import torch
@@ -74,27 +75,38 @@ def pooled(blocks: Sequence[Moments]) -> Moments:
 
 @dataclass(frozen=True, eq=False)
 class LinearImage:
-    """The image of rows under a layer, shape (*b, o), not laid out."""
+    """The image of rows under a scaling and layers one after another, shape (*b, o), not laid out."""
 
     rows: Float[Tensor, "*b u"]
     moments: Moments
     """Of the rows."""
-    layer: Affine
+    scaling: tuple[Float[Tensor, " u"], Float[Tensor, " u"]]
+    """(scale, shift) of each unit: x -> scale x + shift."""
+    layers: Sequence[Affine]
+
+    @cached_property
+    def whole(self) -> Affine:
+        """All of it as one layer, which many rows pass at less cost."""
+        # The layers are multiplied first: of a product with the scale in it more gradients would be wanted.
+        return reduce(lambda first, then: then.after(first), self.layers).after_scaling(*self.scaling)
 
     def laid_out(self) -> Float[Tensor, "*b o"]:
         """The image's own rows."""
-        return F.linear(self.rows, *self.layer)
+        return F.linear(self.rows, *self.whole)
 
     def inner_product(self, p: Float[Tensor, "n 1 o"]) -> Float[Tensor, "n m"]:
-        """p . row for each of the m rows beside p."""
-        weight, bias = self.layer
-        return (torch.matmul(p @ weight, self.rows.mT) + (p * bias).sum(-1, keepdim=True)).squeeze(1)
+        """p . row for each of the m rows beside p: the few p pass the layers, from the last to the first."""
+        offset = torch.zeros_like(p[..., 0])
+        for weight, bias in reversed(self.layers):
+            p, offset = p @ weight, offset + p @ bias
+        scale, shift = self.scaling
+        return torch.matmul(p * scale, self.rows.mT).squeeze(1) + offset + p @ shift
 
     def mean_square_norm(self) -> Float[Tensor, ""]:
         """The mean of |row|^2."""
         if self.moments.covariance is None:
             return self.laid_out().square().sum(-1).mean()
-        image = self.moments.under(self.layer)
+        image = self.moments.under(self.whole)
         return image.variance.sum() + image.mean.square().sum()
 
 

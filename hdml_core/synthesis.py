@@ -7,7 +7,8 @@ the n x n negatives of pairs, each a feature of f numbers, it needs their h hidd
         W1 z_hat + b1 = (1 - lambda_0) (W1 z + b1) + lambda_0 (W1 z- + b1), of n anchors and n negatives.
     What comes after its ReLU is linear, once the statistics of its batch norm are known, up to z_tilde and the logits:
         y_tilde = W2 norm(hidden) + b2,  z_tilde = Wg y_tilde + bg,  logits = Wc y_tilde + bc,
-        so the products Wg W2 and Wc W2 do. A batch norm on y_tilde follows from mean and covariance of hidden.
+        so Wc W2 serves all rows at once, and an anchor's inner products with its n z_tilde are those of (anchor Wg) W2
+        with their hidden activations. A batch norm on y_tilde follows from mean and covariance of hidden.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -99,17 +100,14 @@ def factored(
     for norm_of_y in norms_of_y:
         of_y = pooled([block.moments for block in hidden.values()]).under(to_y.after_scaling(*normalised))
         to_z = to_z.after_scaling(*_normalisation(norm_of_y, of_y))
-    # The layers are multiplied first: of a product with the scale in it more gradients would be wanted.
-    to_z, to_logits = (layer.after(to_y).after_scaling(*normalised) for layer in (to_z, to_logits))
+    z_tilde: dict[str, Tensor | LinearImage]
+    z_tilde = {"negative": LinearImage(*hidden["negative"], normalised, (to_y, to_z))}
+    to_logits = to_logits.after(to_y).after_scaling(*normalised)
     to_y = to_y.after_scaling(*normalised)
-
-    z_tilde = {role: LinearImage(*block, to_z) for role, block in hidden.items()}
     with networks.precision():
-        return Synthetic(
-            F.linear(h_of_z, *to_y).to(z.dtype),
-            {role: image if role == "negative" else image.laid_out().to(z.dtype) for role, image in z_tilde.items()},
-            {role: F.linear(block.rows, *to_logits).to(z.dtype) for role, block in hidden.items()},
-        )
+        z_tilde |= {role: F.linear(F.linear(rows, *to_y), *to_z).to(z.dtype) for role, rows in blocks.items()}
+        logits = {role: F.linear(block.rows, *to_logits).to(z.dtype) for role, block in hidden.items()}
+        return Synthetic(F.linear(h_of_z, *to_y).to(z.dtype), z_tilde, logits)
 
 
 class _Hidden(NamedTuple):

@@ -45,15 +45,16 @@ def test_products_of_layers_are_layers_one_after_another(seed):
 
 @given(seed=SEEDS)
 def test_an_image_answers_as_its_rows_do(seed):
-    rows, weight, bias, p = draw(seed, (4, 6, 3), (5, 3), 5, (4, 1, 5))
-    wanted = rows @ weight.T + bias
+    rows, scale, shift, w1, b1, w2, b2, p = draw(seed, (4, 6, 3), 3, 3, (7, 3), 7, (5, 7), 5, (4, 1, 5))
+    wanted = ((scale * rows + shift) @ w1.T + b1) @ w2.T + b2
     for covariance in (False, True):
-        image = LinearImage(rows, moments_of(rows, covariance), Affine(weight, bias))
+        layers = Affine(w1, b1), Affine(w2, b2)
+        image = LinearImage(rows, moments_of(rows, covariance), (scale, shift), layers)
         same(image.laid_out(), wanted)
         same(laid_out(image), wanted)
         same(image.inner_product(p), torch.stack([row @ of for row, of in zip(wanted, p[:, 0], strict=True)]))
         same(image.mean_square_norm(), wanted.square().sum(-1).mean())
-    under = moments_of(rows, True).under(image.layer)
+    under = moments_of(rows, True).under(image.whole)
     same(under.mean, wanted.flatten(0, 1).mean(0))
     same(under.variance, wanted.flatten(0, 1).var(0, correction=0))
 

@@ -24,7 +24,7 @@ from tests.benchmarks import Count, Row, _birds
 from tests.benchmarks._plain_recipe import Scores, Size
 from tests.benchmarks._toys import run_driver
 
-SIZE = Size((0.3, 3.0), (0.3, 3.0), folds=5, epochs=2, side=96, batch=64, embedding=512, hidden=512)
+SIZE = Size((0.3, 3.0), (1.0,), folds=5, epochs=2, side=96, batch=64, embedding=512, hidden=512)
 CLASSES = 80
 """Of which the first half trains, four fifths of it at a time."""
 TOY = Size((0.3, 3.0), (1.0,), folds=2, epochs=1, side=32, batch=4, embedding=8, hidden=8)
