@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.benchmarks import Count, Curve, Point, Row
-from tests.benchmarks.__main__ import main
-from tests.benchmarks._table import middle, table
+from tests.benchmarks.__main__ import FOLDER, main
+from tests.benchmarks._table import middle, read, table
 from tests.benchmarks.gpu import Given, finetuning, parts, timings
 from tests.benchmarks.gpu import __main__ as gpu
 from tests.conftest import ROOT
@@ -103,6 +103,12 @@ def test_the_table_says_which_targets_are_met():
         "| seen | 3 ms | 2 ms (peer) | 1.5 |  |  |",
         "| lost | 0 | 7 (peer) |  |  |  |",
     ]
+    judged = table([{"rows": [row.record() for row in rows]}], judged=True)
+    assert [line.split()[1] for line in judged.splitlines()[2:]] == ["fast", "slow"]
+
+
+def test_the_readme_shows_what_was_measured_last():
+    assert table(read(FOLDER / "results"), judged=True) in (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

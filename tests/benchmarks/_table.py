@@ -64,11 +64,11 @@ def draw(row: dict[str, Any], stem: Path) -> None:
             figure.savefig(stem.with_suffix(f".{ending}"), metadata=metadata)
 
 
-def table(records: Iterable[dict[str, Any]]) -> str:
-    """The table in Markdown; a figure without a target is there to be seen."""
+def table(records: Iterable[dict[str, Any]], judged: bool = False) -> str:
+    """The table in Markdown; `judged`: without the figures that have no target, which are there to be seen."""
+    rows = [row for record in records for row in record["rows"] if not judged or row.get("target") is not None]
     lines = ["| " + " | ".join(HEADER) + " |", "|---|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for record in records for row in record["rows"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *("| " + " | ".join(_cells(row)) + " |" for row in rows)])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         return row["what"], f"time ∝ {row['against']}^{time:.2f}, memory ^{memory:.2f}", "", "", "", ""
     if "ratio" not in row:
         return row["what"], str(row["ours"]), f"{row['peer']} ({row['peer_name']})", "", "", ""
-    ours, peer = (f"{row[side]:.3g} {row['unit']}" for side in ("ours", "peer"))
+    ours, peer = (f"{float(f'{row[side]:.3g}'):,g} {row['unit']}" for side in ("ours", "peer"))
     target = row["target"]
     judged = ("", "") if target is None else (f"≤ {target:.3g}", "yes" if row["ratio"] <= target else "**no**")
     return row["what"], ours, f"{peer} ({row['peer_name']})", f"{row['ratio']:.3g}", *judged
