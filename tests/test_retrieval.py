@@ -240,6 +240,7 @@ def test_cores_change_nothing_and_are_as_many_afterwards(threads, monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert [found for found, *_ in ours] == [found for found, *_ in expected]
+    assert [rest for _, *rest in ours] == [pytest.approx(rest, abs=1e-14) for _, *rest in expected]
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e25])

@@ -72,7 +72,7 @@ def _rows(took: dict[str, Took], size: Size) -> list[Row | Count]:
     for way, name in peers.items():
         peer = took[way]
         rows.append(Row(f"alpha and beta, {trials} trials, {work}", ours.seconds, name, peer.seconds, 1))
-        what = f"the same, {WHOLE} trials, by start and time of a trial"
+        what = f"alpha and beta, {WHOLE} trials, by start and time of a trial"
         target = TARGET if way == "recipe" else None
         rows.append(Row(what, ours.of(WHOLE), name, peer.of(WHOLE), 1, target=target))
     of_folds = {way: np.array(each.scores.folds).mean(0) for way, each in took.items()}

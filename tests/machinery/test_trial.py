@@ -379,12 +379,12 @@ def test_an_attempt_that_was_superseded_writes_nothing_more(a_job):
 # Data, opened once -----------------------------------------------------------------------------------------------
 
 
-def test_a_worker_opens_its_data_once_for_all_parts_and_trials(opens, a_job):
-    opened = opens(made())
+def test_a_worker_opens_its_data_once_for_all_parts_and_trials(opens, a_job, room_for_data):
+    opened, put = opens(made()), room_for_data(math.inf)
     parts = vary(a_job, parts=FOLDS_AND_SEEDS)
     records(parts)
     records(vary(parts, folder=a_job.folder / "next", settings=parts.settings | {"hdml.alpha": 2.0}))
-    assert len(opened) == 1
+    assert len(opened) == len(put) == 1
 
 
 @pytest.mark.parametrize(
